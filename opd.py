@@ -106,10 +106,8 @@ def check_args(args, world):
     def choice(flag, names):
         need(getattr(args, flag) in names, flag, f"unknown; choose one of {' '.join(names)}")
 
-    for flag in (
-        "topk steps batch_size samples_per_prompt micro_batch_size max_prompt_tokens max_new_tokens "
-        "updates_per_rollout chunk_tokens eval_samples keep"
-    ).split():
+    counts = "topk steps batch_size samples_per_prompt micro_batch_size max_prompt_tokens max_new_tokens"
+    for flag in f"{counts} updates_per_rollout chunk_tokens eval_samples keep".split():
         need(1 <= getattr(args, flag), flag, "must be at least 1")
     for flag in "warmup_steps weight_decay sft_steps seed eval_every save_every".split():
         need(0 <= getattr(args, flag) < 2**62, flag, "must be 0 or more")
@@ -118,11 +116,7 @@ def check_args(args, world):
     for flag in "gamma lmbda".split():
         need(0 <= getattr(args, flag) <= 1, flag, "must be between 0 and 1")
     for flag in "beta alpha".split():
-        need(
-            0 < getattr(args, flag) < 1,
-            flag,
-            "must be inside (0, 1); for the ends use forward_kl, reverse_kl",
-        )
+        need(0 < getattr(args, flag) < 1, flag, "must be inside (0, 1); at the ends use a plain KL")
     need(0 < args.top_p <= 1, "top_p", "must be in (0, 1]")
     need(args.max_grad_norm > 0, "max_grad_norm", "must be positive; inf = no clipping")
     choice("loss", LOSSES)
@@ -230,9 +224,7 @@ def load_rows(path, flag, columns):
         splits = ["test", "validation", "train"] if flag == "eval_data" else ["train"]
         found = [split for split in splits if split in rows]
         if not found:
-            raise UserError(
-                f"--{flag} {path}: no split {' or '.join(splits)}, only {', '.join(rows)}; add one"
-            )
+            raise UserError(f"--{flag} {path}: no split {splits[0]}, only {', '.join(rows)}; add one")
         rows = rows[found[0]]
     if len(rows) == 0:
         raise UserError(f"--{flag} {path}: the data set is empty; give at least one row")
@@ -249,9 +241,7 @@ def encode_prompt(tokenizer, prompt, limit, where):
     if not isinstance(prompt, (str, list)):
         raise UserError(f"{where}: a prompt must be a string or a list of chat messages, not {prompt!r}")
     if isinstance(prompt, list) and not tokenizer.chat_template:
-        raise UserError(
-            f"{where}: chat messages, but the tokenizer has no chat template; give string prompts"
-        )
+        raise UserError(f"{where}: chat messages, but the tokenizer has no chat template; give strings")
     if not prompt or isinstance(prompt, list) and not all(m.get("content") for m in prompt):
         raise UserError(f"{where}: the prompt is empty; remove the row")
     if isinstance(prompt, str):
@@ -343,12 +333,8 @@ def load_pair(student_path, teacher_path, args, device):
     for flag, model in (("student", student), ("teacher", teacher)):
         rows = model.get_output_embeddings().weight.shape[0]
         if rows < vocab:
-            raise UserError(
-                f"--{flag}: {vocab} tokens in its tokenizer, but {rows} in its model; resize that"
-            )
-        model.vocab_in_use = (
-            vocab  # models pad their vocabularies, differently within one family: both are cut
-        )
+            raise UserError(f"--{flag}: {vocab} tokens in the tokenizer, {rows} in the model; resize that")
+        model.vocab_in_use = vocab  # models of one family pad their vocabularies differently: both are cut
         longest = getattr(model.config, "max_position_embeddings", None) or math.inf
         if args.max_prompt_tokens + args.max_new_tokens > longest:
             why = f"and --max_prompt_tokens {args.max_prompt_tokens}: the {flag} has {longest} positions"
@@ -405,9 +391,7 @@ def sampling_logp(logits, temperature, top_p):
     logp = torch.log_softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
         sorted_p, order = logp.exp().sort(dim=-1, descending=True)
-        outside = (
-            sorted_p.cumsum(dim=-1) - sorted_p >= top_p
-        )  # mass before it: the token that crosses top_p stays
+        outside = sorted_p.cumsum(dim=-1) - sorted_p >= top_p  # the token that crosses top_p stays
         outside = torch.zeros_like(outside).scatter(-1, order, outside)
         logp = torch.log_softmax(logp.masked_fill(outside, -math.inf), dim=-1)
     return logp
@@ -431,10 +415,8 @@ def sample(model, prompts, n, stop_ids, key, prompt_keys, max_new_tokens, temper
     hidden = body(input_ids=ids, attention_mask=mask, position_ids=position).last_hidden_state  # [B,width,D]
     logits = project(model, hidden[:, -1]).repeat_interleave(n, dim=0)  # [R,V]
     cache.batch_repeat_interleave(n)
-    mask, position = (
-        mask.repeat_interleave(n, dim=0),
-        lengths.repeat_interleave(n)[:, None],
-    )  # [R,width], [R,1]
+    mask = mask.repeat_interleave(n, dim=0)  # [R,width]
+    position = lengths.repeat_interleave(n)[:, None]  # [R,1]
     row_prompt = torch.tensor(prompt_keys).repeat_interleave(n)  # [R], on the CPU as all keys
     row_sample = torch.arange(n).repeat(len(prompts))  # [R]
 
@@ -458,10 +440,8 @@ def sample(model, prompts, n, stop_ids, key, prompt_keys, max_new_tokens, temper
             cache.batch_select_indices(stay)
             alive, token, mask, position = alive[~done], token[stay], mask[stay], position[stay]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        hidden = body(
-            input_ids=token, attention_mask=mask, position_ids=position
-        ).last_hidden_state  # [R,1,D]
-        logits, position = project(model, hidden[:, -1]), position + 1
+        hidden = body(input_ids=token, attention_mask=mask, position_ids=position).last_hidden_state
+        logits, position = project(model, hidden[:, 0]), position + 1
     found = zip(tokens.tolist(), logps.tolist(), size.tolist(), ended.tolist(), strict=True)
     return [Rollout(prompts[i // n], y[:end], lp[:end], e) for i, (y, lp, end, e) in enumerate(found)]
 
@@ -599,9 +579,8 @@ def distill(student, teacher, rollouts, teacher_prompts, loss, args, total_token
             if training:
                 (loss_sum / total_tokens).backward()
                 hidden_grads.append(leaf.grad)
-        sums += torch.cat(
-            [loss_sum.detach().double()[None], token_metrics(logits.detach(), teacher_logits, args)]
-        )
+        metrics = token_metrics(logits.detach(), teacher_logits, args)
+        sums += torch.cat([loss_sum.detach().double()[None], metrics])
     if training:
         with timed(seconds, "student_s", device):
             hidden.backward(torch.cat(hidden_grads))
@@ -609,7 +588,7 @@ def distill(student, teacher, rollouts, teacher_prompts, loss, args, total_token
 
 
 def set_recompute(model, on):
-    """Switch recomputation of activations, where --gradient_checkpointing asked for it; it allows no KV cache.
+    """Switch recomputation of activations, where --gradient_checkpointing asks for it; it allows no KV cache.
 
     transformers recomputes in layers whose .training is set; all else stays in eval mode, so no dropout.
     """
@@ -645,16 +624,9 @@ def evaluate(student, teacher, tokenizer, prompts, teacher_prompts, answers, sto
                 sums[:3] += torch.tensor([sum(ours) / n, any(ours), 1])
         sums[4:] += torch.tensor([sum(len(r.completion) for r in rollouts), len(rollouts)])
         for k in range(0, len(rollouts) if teacher else 0, args.micro_batch_size):
-            micro, theirs = rollouts[k : k + args.micro_batch_size], rows[k : k + args.micro_batch_size]
-            measured, _ = distill(
-                student,
-                teacher,
-                micro,
-                [teacher_prompts[j] for j in theirs],
-                LOSSES["reverse_kl"],
-                args,
-                None,
-            )
+            micro = rollouts[k : k + args.micro_batch_size]
+            theirs = [teacher_prompts[j] for j in rows[k : k + args.micro_batch_size]]
+            measured, _ = distill(student, teacher, micro, theirs, LOSSES["reverse_kl"], args, None)
             sums[3] += measured[TOKEN_METRICS.index("reverse_kl")].cpu()
     right, passed, asked, kl, tokens, rows = all_reduce(sums.to(student.device)).tolist()
     scores = {"eval_accuracy": right / asked, "eval_pass": passed / asked} if asked else {}
@@ -687,9 +659,7 @@ def save_checkpoint(out, step, student, tokenizer, optimizer, args, rank):
         save_model(out / f"step_{step:06d}", student, tokenizer, **state)
         for old in checkpoints(out)[args.keep :]:
             shutil.rmtree(old)
-    all_reduce(
-        torch.zeros(1, device=student.device)
-    )  # the other ranks wait: a checkpoint is whole for all, or for none
+    all_reduce(torch.zeros(1, device=student.device))  # the other ranks wait here
 
 
 def checkpoints(out):
@@ -711,10 +681,8 @@ def newest_checkpoint(args):
             state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
             made_with, _ = state["args"], AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
         except Exception as error:  # whatever a torn or foreign file makes its reader raise
-            print(
-                f"{folder}: not a whole checkpoint ({type(error).__name__}); using the one before",
-                file=sys.stderr,
-            )
+            problem = f"{folder}: not a whole checkpoint ({type(error).__name__}); trying the one before"
+            print(problem, file=sys.stderr)
             continue
         free = {"steps"} if args.lr_schedule == "constant" else set()
         for name in sorted(set(made_with) - FREE_ON_RESUME - free):
@@ -749,9 +717,8 @@ def peak_memory_gb(device):
     """The most that the GPU has held, or this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def update(student, teacher, rollouts, teacher_prompts, loss, optimizer, args, step):
@@ -761,14 +728,12 @@ def update(student, teacher, rollouts, teacher_prompts, loss, optimizer, args, s
     optimizer.zero_grad()
     sums, seconds = torch.zeros(len(TOKEN_METRICS), dtype=torch.float64, device=device), {}
     order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt) + len(rollouts[i].completion))
-    for start in range(0, len(order), args.micro_batch_size):  # rows of like length together: little padding
+    for start in range(0, len(order), args.micro_batch_size):  # rows of like length: little padding
         micro = order[start : start + args.micro_batch_size]
-        theirs = [teacher_prompts[i] for i in micro]
-        some, spent = distill(
-            student, teacher, [rollouts[i] for i in micro], theirs, loss, args, total_tokens
-        )
+        ours, theirs = [rollouts[i] for i in micro], [teacher_prompts[i] for i in micro]
+        some, spent = distill(student, teacher, ours, theirs, loss, args, total_tokens)
         sums, seconds = sums + some, {name: seconds.get(name, 0) + spent[name] for name in spent}
-    # Data parallel: each rank has backpropagated its share of one global mean, so gradients add up.
+    # Data parallel (DDP): each rank has backpropagated its share of one global mean, so gradients add up.
     parameters = [p for p in student.parameters() if p.grad is not None]
     for parameter in parameters:
         all_reduce(parameter.grad)
@@ -842,16 +807,13 @@ def train(args):
     args, rank, world, device = set_up(args)
     started, out = clock(device), Path(args.out)
     if not args.resume and (checkpoints(out) or (out / "metrics.jsonl").exists()):
-        raise UserError(
-            f"--out {out}: already holds a run; continue it with --resume, or choose another folder"
-        )
+        raise UserError(f"--out {out}: already holds a run; continue it with --resume, or choose another")
 
     # Everything that can be wrong is found before the first byte is written.
     path = resolve_paths(args, rank, device)
     checkpoint, state = newest_checkpoint(args) if args.resume else (None, None)
-    student, teacher, tokenizer, stop_ids = load_pair(
-        checkpoint or path["student"], path["teacher"], args, device
-    )
+    start_from = checkpoint or path["student"]
+    student, teacher, tokenizer, stop_ids = load_pair(start_from, path["teacher"], args, device)
     data = load_rows(path["data"], "data", ["prompt"])
     held_out = load_rows(path["eval_data"], "eval_data", ["prompt", "answer"]) if args.eval_data else []
 
@@ -866,15 +828,15 @@ def train(args):
 
     if args.gradient_checkpointing:
         student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = torch.optim.AdamW(
-        student.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay
-    )
+    weights, decay = student.parameters(), args.weight_decay
+    optimizer = torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.98), weight_decay=decay)
+    done = state["step"] if state else 0
     if state:
         optimizer.load_state_dict(state["optimizer"])
-    done = state["step"] if state else 0
     history = begin_log(out, done) if rank == 0 else []
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, disable=rank > 0, unit="step")
+    steps = range(done + 1, args.steps + 1)
+    bar = tqdm(steps, initial=done, total=args.steps, disable=rank > 0, unit="step")
 
     def measure():
         inputs = (eval_prompts, eval_prompts, answers, stop_ids, args, rank, world)
@@ -883,7 +845,7 @@ def train(args):
 
     if done == 0 and held_out:
         record(history, {"step": 0, **measure()}, out, rank)
-    with deferred_signals() as signals:
+    with deferred_signals() as signals, bar:
         for step in bar:
             begin, seconds, share = clock(device), {}, args.batch_size // world
             slots = range(rank * share, (rank + 1) * share)  # this rank's part of the global batch
@@ -910,15 +872,9 @@ def train(args):
             # Evaluate, record, save.
             stop = all_reduce(torch.tensor(len(signals), device=device)).item() > 0
             last = step == args.steps
-            row = {
-                "step": step,
-                **metrics,
-                "lr": lr_at(step, args),
-                **rollout_metrics(rollouts, device),
-                **seconds,
-            }
+            row = {"step": step, **metrics, **rollout_metrics(rollouts, device), **seconds}
+            row.update(lr=lr_at(step, args), peak_mem_gb=peak_memory_gb(device))
             row["tokens_per_s"] = row["tokens"] / (clock(device) - begin)
-            row["peak_mem_gb"] = peak_memory_gb(device)
             if last or (args.eval_every and step % args.eval_every == 0):
                 row.update(measure())
             record(history, row, out, rank)
@@ -929,7 +885,6 @@ def train(args):
             bar.set_postfix({**shown, **({"acc": accuracy[0]} if accuracy else {})})
             if stop and not last:
                 break
-    bar.close()
     if rank == 0 and history[-1]["step"] < args.steps:
         print(f"stopped after step {history[-1]['step']} and saved: continue with --resume")
     elif rank == 0:
@@ -950,9 +905,8 @@ def main(args_class=Args, train=train):
     parser = HfArgumentParser(args_class, allow_abbrev=False, epilog=f"losses: {' '.join(LOSSES)}")
     parser.error = refuse
     try:
-        args, unknown = parser.parse_args_into_dataclasses(
-            return_remaining_strings=True, look_for_args_file=False
-        )
+        options = {"return_remaining_strings": True, "look_for_args_file": False}
+        args, unknown = parser.parse_args_into_dataclasses(**options)
         if unknown:
             refuse(f"{unknown[0]}: no such flag")
         train(args)

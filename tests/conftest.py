@@ -12,7 +12,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here needs the network, and a hub that cannot be reached must not cost time
+torch.set_num_threads(1)  # models this small only wait for a second thread
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # nothing here needs the network, and a hub that cannot be reached must not cost time
+)
 CHARACTERS = ["<pad>", "$", "%"] + list("^0123456789+=#;>,| abcdefghijklmnopqrstuvwxyz:\n")
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 
@@ -31,7 +35,9 @@ def make_model(seed, vocab=len(CHARACTERS), layers=2, width=32, scale=8.0, **con
     torch.manual_seed(seed)
     config = LlamaConfig(
         **{
-            **dict(vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers),
+            **dict(
+                vocab_size=vocab, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers
+            ),
             **dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024),
             **dict(eos_token_id=1, pad_token_id=0, bos_token_id=None, tie_word_embeddings=False, **config),
         }
@@ -53,14 +59,27 @@ def write_rows(path, rows):
     return str(path)
 
 
-PROMPTS = ["^12+34=", "^5+6=", "^100+200=", "^7+7=", "^99+1=", "^123+456=", "^8+80=", "^31+4=", "^2+2=", "^64+36="]
+PROMPTS = [
+    "^12+34=",
+    "^5+6=",
+    "^100+200=",
+    "^7+7=",
+    "^99+1=",
+    "^123+456=",
+    "^8+80=",
+    "^31+4=",
+    "^2+2=",
+    "^64+36=",
+]
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """Flags of a run on tiny random models: {"student", "teacher", "data", "eval_data"} -> path."""
     folder = tmp_path_factory.mktemp("tiny")
-    rows = [{"prompt": p, "answer": str(sum(map(int, p[1:-1].split("+")))), "solution": "a;b"} for p in PROMPTS]
+    rows = [
+        {"prompt": p, "answer": str(sum(map(int, p[1:-1].split("+")))), "solution": "a;b"} for p in PROMPTS
+    ]
     return {
         "student": save(folder / "student", make_model(0), make_tokenizer()),
         "teacher": save(folder / "teacher", make_model(1, width=48), make_tokenizer()),
@@ -85,4 +104,6 @@ def run_script(script, *, ranks=None, nodes=1, env=None, timeout=180, **kwargs):
     if ranks:
         python += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [*python, str(ROOT / script), *flags(**kwargs)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})})
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}
+    )
