@@ -18,7 +18,11 @@ os.environ["HF_HUB_OFFLINE"] = (
     "1"  # nothing here needs the network, and a hub that cannot be reached must not cost time
 )
 CHARACTERS = ["<pad>", "$", "%"] + list("^0123456789+=#;>,| abcdefghijklmnopqrstuvwxyz:\n")
-CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+VOCAB = len(CHARACTERS)
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def make_tokenizer(characters=CHARACTERS, chat_template=None, pad="<pad>"):
@@ -30,7 +34,7 @@ def make_tokenizer(characters=CHARACTERS, chat_template=None, pad="<pad>"):
     return fast
 
 
-def make_model(seed, vocab=len(CHARACTERS), layers=2, width=32, scale=8.0, **config):
+def make_model(seed, vocab=VOCAB, layers=2, width=32, scale=8.0, **config):
     """A random Llama. scale: makes its logits uneven, as trained models' are, and unlike another seed's."""
     torch.manual_seed(seed)
     config = LlamaConfig(
