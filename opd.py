@@ -153,6 +153,9 @@ def set_up(args):
         eval_data=args.eval_data or ("toy" if args.data == "toy" else None),
     )
     check_args(args, world)
+    if not args.resume and (checkpoints(args.out) or (Path(args.out) / "metrics.jsonl").exists()):
+        remedy = "continue it with --resume, or choose another folder"
+        raise UserError(f"--out {args.out}: already holds a run; {remedy}")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -525,20 +528,22 @@ def advantages(student, hidden, teacher, teacher_hidden, tokens, sizes, args):
 
 
 TOKEN_METRICS = (
-    "loss reverse_kl forward_kl student_entropy teacher_entropy student_mass teacher_mass overlap"
+    "loss reverse_kl forward_kl student_entropy teacher_entropy student_mass teacher_mass "
+    "student_logp teacher_logp overlap"
 ).split()
 
 
 @torch.no_grad()
-def token_metrics(student_logits, teacher_logits, args):
+def token_metrics(student_logits, teacher_logits, tokens, args):
     """Sums over tokens of all TOKEN_METRICS after the loss: exact, full vocabulary, temperature 1."""
     log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)  # [n,V]
     p, q, gap = log_p.exp(), log_q.exp(), log_p - log_q
     topk_ids, _, valid = losses.topk_support(log_p, log_q, args.topk, args.topk_source)  # [n,K]
     shared = losses.topk_support(log_p, log_q, args.topk, "intersection")[2]  # [n,k]
-    masses = ((x.gather(-1, topk_ids) * valid).sum(-1) for x in (p, q))
     kls, entropies = ((p * gap).sum(-1), -(q * gap).sum(-1)), (-(p * log_p).sum(-1), -(q * log_q).sum(-1))
-    return torch.stack([*kls, *entropies, *masses, shared.float().mean(-1)]).double().sum(-1)
+    masses = ((x.gather(-1, topk_ids) * valid).sum(-1) for x in (p, q))
+    logps = (x.gather(-1, tokens[:, None])[:, 0] for x in (log_p, log_q))
+    return torch.stack([*kls, *entropies, *masses, *logps, shared.float().mean(-1)]).double().sum(-1)
 
 
 def distill(student, teacher, rollouts, teacher_prompts, loss, args, total_tokens):
@@ -579,7 +584,7 @@ def distill(student, teacher, rollouts, teacher_prompts, loss, args, total_token
             if training:
                 (loss_sum / total_tokens).backward()
                 hidden_grads.append(leaf.grad)
-        metrics = token_metrics(logits.detach(), teacher_logits, args)
+        metrics = token_metrics(logits.detach(), teacher_logits, tokens[chunk], args)
         sums += torch.cat([loss_sum.detach().double()[None], metrics])
     if training:
         with timed(seconds, "student_s", device):
@@ -707,6 +712,24 @@ def lr_at(step, args):
     return args.lr * shape[args.lr_schedule]
 
 
+def make_optimizer(student, args, state):
+    """-> AdamW over the student's weights and the step it has come to, 0 unless a trainer state is given."""
+    if args.gradient_checkpointing:
+        student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    weights, decay = student.parameters(), args.weight_decay
+    optimizer = torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.98), weight_decay=decay)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+    return optimizer, state["step"] if state else 0
+
+
+def batch_of(step, n_rows, args, rank, world):
+    """This rank's part of a step's prompts: -> their slots in the global batch, their rows in the data."""
+    share = args.batch_size // world
+    slots = range(rank * share, (rank + 1) * share)
+    return slots, [row_at((step - 1) * args.batch_size + slot, n_rows, args.seed) for slot in slots]
+
+
 def repetition(completion, n=4):
     """Share of a completion's n-grams that it has said before."""
     grams = [tuple(completion[i : i + n]) for i in range(len(completion) - n + 1)]
@@ -789,6 +812,25 @@ def deferred_signals():
             signal.signal(number, handler)
 
 
+def show(bar, history):
+    """KL, accuracy and speed beside the progress bar."""
+    row, evals = history[-1], [row for row in history if "eval_accuracy" in row]
+    shown = {"KL": f"{row['reverse_kl']:.4f}", "tok/s": f"{row['tokens_per_s']:.0f}"}
+    bar.set_postfix({**shown, **({"acc": f"{evals[-1]['eval_accuracy']:.3f}"} if evals else {})})
+
+
+def finish(out, history, student, tokenizer, args, rank, seconds):
+    """Save the final model and say what has changed; or, where a signal stopped the run, how to go on."""
+    if rank == 0 and history[-1]["step"] < args.steps:
+        print(f"stopped after step {history[-1]['step']} and saved: continue with --resume")
+    elif rank == 0:
+        save_model(out / "final", student, tokenizer)
+        evals = [row for row in history if "eval_len" in row]
+        names = [name for name in ("eval_accuracy", "eval_reverse_kl") if evals and name in evals[0]]
+        changes = [f"{name} {evals[0][name]:.3f} -> {evals[-1][name]:.3f}" for name in names]
+        print("; ".join([*changes, f"{seconds:.0f} s", f"model in {out / 'final'}"]))
+
+
 def resolve_paths(args, rank, device):
     """--student, --teacher, --data, --eval_data -> {flag: path}; "toy" is built once, by rank 0."""
     path = {flag: getattr(args, flag) for flag in ("student", "teacher", "data", "eval_data")}
@@ -806,9 +848,6 @@ def train(args):
     """Distil as the arguments say; returns the rows of metrics.jsonl."""
     args, rank, world, device = set_up(args)
     started, out = clock(device), Path(args.out)
-    if not args.resume and (checkpoints(out) or (out / "metrics.jsonl").exists()):
-        raise UserError(f"--out {out}: already holds a run; continue it with --resume, or choose another")
-
     # Everything that can be wrong is found before the first byte is written.
     path = resolve_paths(args, rank, device)
     checkpoint, state = newest_checkpoint(args) if args.resume else (None, None)
@@ -826,13 +865,7 @@ def train(args):
     for i in range(min(len(data), 1000)):  # the other rows of a longer data set: when their turn comes
         encode(data, "data", i)
 
-    if args.gradient_checkpointing:
-        student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    weights, decay = student.parameters(), args.weight_decay
-    optimizer = torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.98), weight_decay=decay)
-    done = state["step"] if state else 0
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
+    optimizer, done = make_optimizer(student, args, state)
     history = begin_log(out, done) if rank == 0 else []
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     steps = range(done + 1, args.steps + 1)
@@ -847,9 +880,8 @@ def train(args):
         record(history, {"step": 0, **measure()}, out, rank)
     with deferred_signals() as signals, bar:
         for step in bar:
-            begin, seconds, share = clock(device), {}, args.batch_size // world
-            slots = range(rank * share, (rank + 1) * share)  # this rank's part of the global batch
-            which = [row_at((step - 1) * args.batch_size + slot, len(data), args.seed) for slot in slots]
+            begin, seconds = clock(device), {}
+            slots, which = batch_of(step, len(data), args, rank, world)
             prompts = [encode(data, "data", i) for i in which]
 
             # Sample from the student; in SFT steps, and in a share 1 - lmbda of the others, from the teacher.
@@ -880,19 +912,10 @@ def train(args):
             record(history, row, out, rank)
             if last or stop or (args.save_every and step % args.save_every == 0):
                 save_checkpoint(out, step, student, tokenizer, optimizer, args, rank)
-            accuracy = [f"{r['eval_accuracy']:.3f}" for r in history if "eval_accuracy" in r][-1:]
-            shown = {"KL": f"{row['reverse_kl']:.4f}", "tok/s": f"{row['tokens_per_s']:.0f}"}
-            bar.set_postfix({**shown, **({"acc": accuracy[0]} if accuracy else {})})
+            show(bar, history)
             if stop and not last:
                 break
-    if rank == 0 and history[-1]["step"] < args.steps:
-        print(f"stopped after step {history[-1]['step']} and saved: continue with --resume")
-    elif rank == 0:
-        save_model(out / "final", student, tokenizer)
-        evals = [row for row in history if "eval_len" in row]
-        names = [name for name in ("eval_accuracy", "eval_reverse_kl") if evals and name in evals[0]]
-        changes = [f"{name} {evals[0][name]:.3f} -> {evals[-1][name]:.3f}" for name in names]
-        print("; ".join([*changes, f"{clock(device) - started:.0f} s", f"model in {out / 'final'}"]))
+    finish(out, history, student, tokenizer, args, rank, clock(device) - started)
     return history
 
 
