@@ -202,12 +202,11 @@ def topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
     teacher sends: K log-probabilities at the ids it is asked for (S is usually the student's top-k)
     ref: arXiv 2605.11182
     """
-    log_p = student_logits.gather(-1, topk_ids).float() - student_logits.float().logsumexp(
-        dim=-1, keepdim=True
-    )
-    log_p, log_q = log_p.clamp(min=-1e9), teacher_topk_logp.float().clamp(min=-1e9)
+    valid = torch.ones_like(topk_ids, dtype=torch.bool) if valid is None else valid
+    log_p = torch.log_softmax(student_logits.float(), dim=-1).gather(-1, topk_ids).clamp(min=-1e9)
+    log_q = teacher_topk_logp.float().clamp(min=-1e9).where(valid, -1e9)  # q = 0 at what is not in S
     terms = log_p.exp() * (log_p - log_q)
-    return (terms if valid is None else terms.where(valid, 0)).sum(dim=-1)
+    return terms.where(valid, 0).sum(dim=-1)
 
 
 def sg_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
@@ -215,17 +214,16 @@ def sg_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
 
     value: reverse KL truncated to S, the same number as topk_reverse_kl.
     grad: sum_S p grad(log p) (log p - log q), the true reverse-KL gradient without the terms outside S;
-          zero where student = teacher. Tokens outside S cost nothing, so mass still leaks out of S while
+          exactly zero where student = teacher. Tokens outside S cost nothing, so mass still leaks out of S while
           the value is positive: with small K and large steps it can collapse. Watch student_mass.
     teacher sends: K log-probabilities at the ids it is asked for (S is usually the student's top-k)
     ref: arXiv 2605.11182
     """
-    log_p = student_logits.gather(-1, topk_ids).float() - student_logits.float().logsumexp(
-        dim=-1, keepdim=True
-    )
-    log_p, log_q = log_p.clamp(min=-1e9), teacher_topk_logp.float().clamp(min=-1e9)
+    valid = torch.ones_like(topk_ids, dtype=torch.bool) if valid is None else valid
+    log_p = torch.log_softmax(student_logits.float(), dim=-1).gather(-1, topk_ids).clamp(min=-1e9)
+    log_q = teacher_topk_logp.float().clamp(min=-1e9).where(valid, -1e9)  # q = 0 at what is not in S
     terms = log_p.exp() * (log_p.detach() - log_q)
-    return (terms if valid is None else terms.where(valid, 0)).sum(dim=-1)
+    return terms.where(valid, 0).sum(dim=-1)
 
 
 def norm_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
@@ -237,15 +235,12 @@ def norm_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None
     teacher sends: K log-probabilities at the ids it is asked for (any normalisation will do)
     ref: arXiv 2605.11182
     """
-    logits, log_q = (
-        student_logits.gather(-1, topk_ids).float().clamp(min=-1e9),
-        teacher_topk_logp.float().clamp(min=-1e9),
-    )
-    if valid is not None:
-        logits, log_q = logits.where(valid, -1e9), log_q.where(valid, -1e9)
+    valid = torch.ones_like(topk_ids, dtype=torch.bool) if valid is None else valid
+    logits = student_logits.gather(-1, topk_ids).float().clamp(min=-1e9).where(valid, -1e9)
+    log_q = teacher_topk_logp.float().clamp(min=-1e9).where(valid, -1e9)
     log_p, log_q = torch.log_softmax(logits, dim=-1), torch.log_softmax(log_q, dim=-1)
     terms = log_p.exp() * (log_p - log_q)
-    return (terms if valid is None else terms.where(valid, 0)).sum(dim=-1)
+    return terms.where(valid, 0).sum(dim=-1)
 
 
 def tail_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
@@ -258,13 +253,14 @@ def tail_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None
     teacher sends: K log-probabilities at the ids it is asked for, normalised over the whole vocabulary
     ref: arXiv 2605.11182
     """
-    log_p_all = torch.log_softmax(student_logits.float(), dim=-1).clamp(min=-1e9)
-    log_p, log_q = log_p_all.gather(-1, topk_ids), teacher_topk_logp.float().clamp(min=-1e9)
     valid = torch.ones_like(topk_ids, dtype=torch.bool) if valid is None else valid
+    log_p_all = torch.log_softmax(student_logits.float(), dim=-1).clamp(min=-1e9)
+    log_p = log_p_all.gather(-1, topk_ids)
+    log_q = teacher_topk_logp.float().clamp(min=-1e9).where(valid, -1e9)  # q = 0 at what is not in S
     in_support = torch.zeros_like(log_p_all).scatter_add(-1, topk_ids, valid.float()) > 0
     # The student's tail from its logits, not as 1 - sum: exact, with a gradient, however small it is.
     log_p_tail = log_p_all.where(~in_support, -1e9).logsumexp(dim=-1).clamp(min=-87.0)
-    q_tail = 1 - (log_q.exp() * valid).sum(dim=-1)
+    q_tail = 1 - log_q.exp().sum(dim=-1)
     log_q_tail = q_tail.clamp(min=torch.finfo(torch.float32).eps).log()
     terms = (log_p.exp() * (log_p - log_q)).where(valid, 0)
     return terms.sum(dim=-1) + log_p_tail.exp() * (log_p_tail - log_q_tail)
@@ -280,12 +276,11 @@ def topk_forward_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
     teacher sends: its top K log-probabilities and ids
     ref: arXiv 2605.11182
     """
-    log_p = student_logits.gather(-1, topk_ids).float() - student_logits.float().logsumexp(
-        dim=-1, keepdim=True
-    )
-    log_p, log_q = log_p.clamp(min=-1e9), teacher_topk_logp.float().clamp(min=-1e9)
+    valid = torch.ones_like(topk_ids, dtype=torch.bool) if valid is None else valid
+    log_p = torch.log_softmax(student_logits.float(), dim=-1).gather(-1, topk_ids).clamp(min=-1e9)
+    log_q = teacher_topk_logp.float().clamp(min=-1e9).where(valid, -1e9)  # q = 0 at what is not in S
     terms = log_q.exp() * (log_q - log_p)
-    return (terms if valid is None else terms.where(valid, 0)).sum(dim=-1)
+    return terms.where(valid, 0).sum(dim=-1)
 
 
 def norm_topk_forward_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
@@ -297,15 +292,12 @@ def norm_topk_forward_kl(student_logits, teacher_topk_logp, topk_ids, valid=None
     teacher sends: its top K log-probabilities and ids (any normalisation will do)
     ref: arXiv 2605.11182
     """
-    logits, log_q = (
-        student_logits.gather(-1, topk_ids).float().clamp(min=-1e9),
-        teacher_topk_logp.float().clamp(min=-1e9),
-    )
-    if valid is not None:
-        logits, log_q = logits.where(valid, -1e9), log_q.where(valid, -1e9)
+    valid = torch.ones_like(topk_ids, dtype=torch.bool) if valid is None else valid
+    logits = student_logits.gather(-1, topk_ids).float().clamp(min=-1e9).where(valid, -1e9)
+    log_q = teacher_topk_logp.float().clamp(min=-1e9).where(valid, -1e9)
     log_p, log_q = torch.log_softmax(logits, dim=-1), torch.log_softmax(log_q, dim=-1)
     terms = log_q.exp() * (log_q - log_p)
-    return (terms if valid is None else terms.where(valid, 0)).sum(dim=-1)
+    return terms.where(valid, 0).sum(dim=-1)
 
 
 def tail_topk_forward_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
@@ -317,13 +309,14 @@ def tail_topk_forward_kl(student_logits, teacher_topk_logp, topk_ids, valid=None
     teacher sends: its top K log-probabilities and ids, normalised over the whole vocabulary
     ref: arXiv 2605.11182
     """
-    log_p_all = torch.log_softmax(student_logits.float(), dim=-1).clamp(min=-1e9)
-    log_p, log_q = log_p_all.gather(-1, topk_ids), teacher_topk_logp.float().clamp(min=-1e9)
     valid = torch.ones_like(topk_ids, dtype=torch.bool) if valid is None else valid
+    log_p_all = torch.log_softmax(student_logits.float(), dim=-1).clamp(min=-1e9)
+    log_p = log_p_all.gather(-1, topk_ids)
+    log_q = teacher_topk_logp.float().clamp(min=-1e9).where(valid, -1e9)  # q = 0 at what is not in S
     in_support = torch.zeros_like(log_p_all).scatter_add(-1, topk_ids, valid.float()) > 0
     # The student's tail from its logits, not as 1 - sum: exact, with a gradient, however small it is.
     log_p_tail = log_p_all.where(~in_support, -1e9).logsumexp(dim=-1).clamp(min=-87.0)
-    q_tail = 1 - (log_q.exp() * valid).sum(dim=-1)
+    q_tail = 1 - log_q.exp().sum(dim=-1)
     log_q_tail = q_tail.clamp(min=torch.finfo(torch.float32).eps).log()
     q_tail = q_tail.where(q_tail > torch.finfo(torch.float32).eps, 0)
     terms = (log_q.exp() * (log_q - log_p)).where(valid, 0)

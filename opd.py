@@ -318,9 +318,11 @@ def load_pair(student_path, teacher_path, args, device):
     """-> student, teacher, tokenizer, stop_ids. The student's weights are always float32: a bfloat16
     weight swallows every update smaller than its 256th part."""
     tokenizer, student = load_model(student_path, "student", torch.float32, device)
-    teacher_tokenizer, teacher = load_model(teacher_path, "teacher", getattr(torch, args.dtype), device)
-    teacher.requires_grad_(False)
-    teacher.get_output_embeddings().float()  # logits are made in float32: see project
+    teacher_tokenizer, teacher = tokenizer, student
+    if teacher_path:  # None: the student is its own teacher, in one copy
+        teacher_tokenizer, teacher = load_model(teacher_path, "teacher", getattr(torch, args.dtype), device)
+        teacher.requires_grad_(False)
+        teacher.get_output_embeddings().float()  # logits are made in float32: see project
 
     ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (tokenizer, teacher_tokenizer))
     if ours != theirs:
@@ -656,11 +658,11 @@ def save_model(folder, model, tokenizer, **state):
     os.replace(aside, folder)
 
 
-def save_checkpoint(out, step, student, tokenizer, optimizer, args, rank):
+def save_checkpoint(out, step, student, tokenizer, optimizer, args, rank, **extra):
     """OUT/step_NNNNNN; then all but the --keep newest go. There is no random state and no scheduler to save:
     draws and learning rates are pure functions of seed and step."""
     if rank == 0:
-        state = {"step": step, "args": asdict(args), "optimizer": optimizer.state_dict()}
+        state = {"step": step, "args": asdict(args), "optimizer": optimizer.state_dict(), **extra}
         save_model(out / f"step_{step:06d}", student, tokenizer, **state)
         for old in checkpoints(out)[args.keep :]:
             shutil.rmtree(old)
@@ -831,16 +833,16 @@ def finish(out, history, student, tokenizer, args, rank, seconds):
         print("; ".join([*changes, f"{seconds:.0f} s", f"model in {out / 'final'}"]))
 
 
-def resolve_paths(args, rank, device):
+def resolve_paths(args, rank, device, task="opd"):
     """--student, --teacher, --data, --eval_data -> {flag: path}; "toy" is built once, by rank 0."""
     path = {flag: getattr(args, flag) for flag in ("student", "teacher", "data", "eval_data")}
     if "toy" in path.values():
         from tutorials import toy
 
         if rank == 0:
-            toy.build()
+            toy.build(task)
         all_reduce(torch.zeros(1, device=device))  # the other ranks wait here
-        path = {flag: toy.build()[flag] if name == "toy" else name for flag, name in path.items()}
+        path = {flag: toy.build(task)[flag] if name == "toy" else name for flag, name in path.items()}
     return path
 
 
