@@ -214,8 +214,8 @@ def sg_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
 
     value: reverse KL truncated to S, the same number as topk_reverse_kl.
     grad: sum_S p grad(log p) (log p - log q), the true reverse-KL gradient without the terms outside S;
-          exactly zero where student = teacher. Tokens outside S cost nothing, so mass still leaks out of S while
-          the value is positive: with small K and large steps it can collapse. Watch student_mass.
+          exactly zero where student = teacher. Tokens outside S cost nothing, so mass still leaks out of S
+          while the value is positive: with small K and large steps it can collapse. Watch student_mass.
     teacher sends: K log-probabilities at the ids it is asked for (S is usually the student's top-k)
     ref: arXiv 2605.11182
     """
@@ -368,11 +368,11 @@ def policy_gradient(student_logp, advantage, behaviour_logp=None, clip=None):
     """-sg[A] log p(y); stale samples: -min(r sg[A], clamp(r, 1 -+ clip) sg[A]), r = p(y) / p_behaviour(y)
 
     value: no estimate of anything; watch the KL instead.
-    grad: -E[A grad log p]. With A = log q(y) - log p(y) (reverse_kl_advantage, gamma = 0) it is unbiased
-          for grad of the reverse KL at each visited prefix; with gamma = 1 for that of the whole sequence's
-          reverse KL. A baseline that does not depend on y changes only the variance. An A that does not
-          depend on y at all (a full KL!) gives zero. Ratios make stale samples unbiased; clipping them
-          trades that for stability.
+    grad: unbiased for grad of the reverse KL at each visited prefix, if A = log q(y) - log p(y) (which is
+          reverse_kl_advantage, gamma = 0). With gamma = 1: for grad of the whole sequence's reverse KL. A
+          baseline that does not depend on y changes only the variance; an A that does not depend on y at
+          all (a full KL!) gives zero. Ratios make stale samples unbiased; clipping them trades that for
+          stability.
     teacher sends: log q(y), inside the advantage
     ref: arXiv 2306.08543, 1707.06347
     Raises ValueError if clip is given without behaviour_logp or is not positive.

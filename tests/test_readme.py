@@ -1,0 +1,143 @@
+"""README.md says what the code says: its tables are made from docstrings, help texts and files.
+
+python tests/test_readme.py     # writes them anew
+"""
+
+import dataclasses
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import losses  # noqa: E402
+import opd  # noqa: E402
+import opsd  # noqa: E402
+
+README = ROOT / "README.md"
+
+
+def docstring(function):
+    """-> first line, {"value": ..., "grad": ..., "teacher sends": ..., "ref": ...}, each on one line."""
+    first, *rest = inspect.getdoc(function).splitlines()
+    entries, key = {}, None
+    for line in rest:
+        found = re.match(r"(value|grad|teacher sends|ref): (.*)", line)
+        if found:
+            key, entries[found[1]] = found[1], found[2]
+        elif line.startswith("    ") and key:
+            entries[key] += " " + line.strip()
+        else:
+            key = None
+    return first, entries
+
+
+def function_of(name):
+    """The function of losses.py behind a --loss."""
+    return getattr(
+        losses, re.search(r"losses\.(\w+)", inspect.getsource(opd.LOSSES[name][1]).split(f'"{name}"')[1])[1]
+    )
+
+
+def loss_table():
+    lines = [
+        "| `--loss` | equation | value | expected gradient | teacher sends | ref |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in opd.LOSSES:
+        first, entry = docstring(function_of(name))
+        equation, _, biased = first.partition(", BIASED")
+        short = {key: re.split(r"(?<=[^.])[.;] ", text)[0].rstrip(".") for key, text in entry.items()}
+        mark = " **biased**" if biased else ""
+        cells = [
+            f"`{name}`{mark}",
+            f"`{equation}`",
+            short["value"],
+            short["grad"],
+            short["teacher sends"],
+            entry["ref"],
+        ]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return lines
+
+
+def flag_table():
+    lines = ["| flag | default | |", "|---|---|---|"]
+    for args_class, script in ((opd.Args, "opd.py"), (opsd.Args, "opsd.py")):
+        for field in dataclasses.fields(args_class):
+            common = script == "opsd.py" and field.name in opd.Args.__dataclass_fields__
+            if not common or field.default != opd.Args.__dataclass_fields__[field.name].default:
+                note = f" ({script})" if script == "opsd.py" else ""
+                text = field.metadata["help"].replace("|", "\\|")
+                lines.append(f"| `--{field.name}`{note} | `{field.default}` | {text} |")
+    return lines
+
+
+def file_map():
+    what = {
+        "losses.py": "every divergence and estimator; imports torch only",
+        "opd.py": "on-policy distillation, the whole loop",
+        "opsd.py": "self-distillation with privileged information; imports opd.py",
+        "tutorials/toy.py": "the toy task and its tiny models",
+        "tutorials/smollm2.py": "a real model offline: an ordinary folder out of a Python package",
+    }
+    rows = [(name, len((ROOT / name).read_text().splitlines()), text) for name, text in what.items()]
+    return [
+        "| file | lines | |",
+        "|---|---|---|",
+        *(f"| `{name}` | {n} | {text} |" for name, n, text in rows),
+    ]
+
+
+TABLES = {"losses": loss_table, "flags": flag_table, "files": file_map}
+
+
+def replaced(text, name, lines):
+    start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    head, tail = text.index(start) + len(start), text.index(end)
+    return text[:head] + "\n".join(lines) + "\n" + text[tail:]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_table_says_what_the_code_says(name):
+    text = README.read_text()
+    assert replaced(text, name, TABLES[name]()) == text, "run: python tests/test_readme.py"
+
+
+def test_every_metric_is_in_the_glossary(tiny, tmp_path):
+    from conftest import SMALL
+
+    args = {
+        **SMALL,
+        "steps": 1,
+        "student": tiny["student"],
+        "data": tiny["data"],
+        "eval_data": tiny["eval_data"],
+    }
+    rows = opd.train(opd.Args(teacher=tiny["teacher"], out=str(tmp_path / "opd"), **args))
+    rows += opsd.train(opsd.Args(pi="solution", teacher_mode="ema", out=str(tmp_path / "opsd"), **args))
+    glossary = README.read_text().split("## Metrics")[1].split("\n## ")[0]
+    for name in sorted({name for row in rows for name in row}):
+        assert f"`{name}`" in glossary, name
+
+
+def test_files_and_flags_that_the_readme_names_exist():
+    text = README.read_text()
+    for name in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (ROOT / name).exists(), name
+    known = {*opd.Args.__dataclass_fields__, *opsd.Args.__dataclass_fields__}
+    ours = text.split("## What it is not")[0]  # the part on other projects names their flags
+    for line in re.findall(r"(?:torchrun|python)[^\n`]*op(?:s?)d\.py([^\n`]*)", ours):
+        for flag in re.findall(r"--(\w+)", line.replace("\\\n", "")):
+            assert flag in known, flag
+
+
+if __name__ == "__main__":
+    contents = README.read_text()
+    for table, make in TABLES.items():
+        contents = replaced(contents, table, make())
+    README.write_text(contents)
