@@ -34,9 +34,11 @@ import datasets
 import torch
 import torch.distributed as dist
 import transformers
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, HfArgumentParser
-from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 import losses
 
@@ -311,6 +313,9 @@ def load_model(path, flag, dtype, device):
             f"--{flag} {path}: cannot be loaded ({reason}); give a folder with config, safetensors and "
             "tokenizer, or a hub name that can be reached"
         ) from error
+    model.get_input_embeddings().padding_idx = (
+        None  # it would get no gradient, and is often the end token too
+    )
     return tokenizer, model.to(device).eval()
 
 
@@ -360,10 +365,12 @@ def project(model, hidden):
     bits give divergences off by as much as one wants to measure, some of them negative.
     """
     body, vocab = model.base_model, getattr(model, "vocab_in_use", None)
-    body.forward = lambda *_, inputs_embeds, **__: MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+    states = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden.float()[None])
+    states.router_logits = None  # mixtures of experts look for them
+    body.forward = lambda *_, **__: states
     try:
         with torch.autocast(hidden.device.type, enabled=False):
-            return model(inputs_embeds=hidden.float()[None], use_cache=False).logits[0, :, :vocab].float()
+            return model(inputs_embeds=states[0], use_cache=False).logits[0, :, :vocab].float()
     finally:
         del body.forward
 
@@ -371,7 +378,8 @@ def project(model, hidden):
 @torch.no_grad()
 def check_projection(model):
     """UserError unless project() gives the model's own logits."""
-    ids, bf16 = torch.arange(8, device=model.device)[None], model.dtype != torch.float32  # [1,8]
+    ids = torch.arange(8, device=model.device)[None]  # [1,8]
+    bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         own = model(input_ids=ids, use_cache=False).logits[0, :, : model.vocab_in_use].float()  # [8,V]
         gap = own - project(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
@@ -565,7 +573,7 @@ def distill(student, teacher, rollouts, teacher_prompts, loss, args, total_token
     with timed(seconds, "teacher_s", device), torch.no_grad():
         teacher_hidden = completion_hidden(teacher, teacher_prompts, completions)  # [N,D], the teacher's D
     with timed(seconds, "student_s", device), torch.set_grad_enabled(training):
-        set_recompute(student, training)
+        set_recompute(student, training and args.gradient_checkpointing)
         hidden = completion_hidden(student, prompts, completions)  # [N,D]
         set_recompute(student, False)
     advantage = torch.zeros_like(behaviour_logp)  # [N]
@@ -595,13 +603,16 @@ def distill(student, teacher, rollouts, teacher_prompts, loss, args, total_token
 
 
 def set_recompute(model, on):
-    """Switch recomputation of activations, where --gradient_checkpointing asks for it; it allows no KV cache.
+    """Let each layer forget its activations and compute them again in backward (torch.utils.checkpoint).
 
-    transformers recomputes in layers whose .training is set; all else stays in eval mode, so no dropout.
+    Not transformers' own switch: that one works in training mode only, which would turn dropout on, and drops
+    the KV cache, which sampling needs.
     """
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False):
-            module.training = on
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            vars(layer).pop("forward", None)
+            if on:
+                layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False)
 
 
 # --------------------------------------------------------------------------------------------------- evaluate
@@ -716,8 +727,6 @@ def lr_at(step, args):
 
 def make_optimizer(student, args, state):
     """-> AdamW over the student's weights and the step it has come to, 0 unless a trainer state is given."""
-    if args.gradient_checkpointing:
-        student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     weights, decay = student.parameters(), args.weight_decay
     optimizer = torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.98), weight_decay=decay)
     if state:

@@ -9,7 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoConfig,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MixtralConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # models this small only wait for a second thread
@@ -111,3 +126,50 @@ def run_script(script, *, ranks=None, nodes=1, env=None, timeout=180, **kwargs):
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **(env or {})}
     )
+
+
+FAMILIES = {  # what sets each apart from Llama, for a loop that must not care
+    "llama": (LlamaConfig, {}),
+    "qwen3": (Qwen3Config, dict(head_dim=8)),
+    "gpt2": (GPT2Config, {}),  # absolute positions
+    "gpt_neo": (GPTNeoConfig, dict(attention_types=[[["global", "local"], 1]], window_size=6)),  # likewise
+    "mistral": (MistralConfig, dict(sliding_window=6)),
+    "gemma2": (Gemma2Config, dict(head_dim=8, final_logit_softcapping=2.0, sliding_window=6)),
+    "granite": (GraniteConfig, dict(logits_scaling=7.0)),
+    "cohere": (CohereConfig, dict(logit_scale=0.3)),
+    "mixtral": (MixtralConfig, dict(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": (Qwen3MoeConfig, dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)),
+    "falcon": (FalconConfig, dict(new_decoder_architecture=True, num_kv_heads=2)),  # dropout in its layers
+}
+
+
+def make_family(name, seed=0, tied=False, vocab=VOCAB, **config):
+    """A random model of another family, two layers of width 32, with the uneven logits of a trained one."""
+    torch.manual_seed(seed)
+    kind, extra = FAMILIES[name]
+    common = dict(
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(kind(**{**common, **extra, **config})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.3)
+    return model
+
+
+def make_args(**kwargs):
+    """Arguments as opd.train has them once the defaults are filled in."""
+    import opd
+
+    return opd.set_up(opd.Args(**{**SMALL, "data": "none", "out": "no/such/folder", **kwargs}))[0]
+
+
+def train_rows(out, *flags, **kwargs):
+    """opd.train without evaluation unless asked for -> one row a step."""
+    import opd
+
+    merged = {name: value for some in flags for name, value in some.items() if name != "eval_data"}
+    return opd.train(opd.Args(**{**SMALL, **merged, **kwargs, "out": str(out)}))

@@ -1,0 +1,617 @@
+"""What scoring promises: the right position is scored, chunks and micro-batches change memory but no number,
+and what a model does between its body and its logits is done."""
+
+import copy
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import (
+    FAMILIES,
+    SMALL,
+    VOCAB,
+    make_args,
+    make_family,
+    make_model,
+    make_tokenizer,
+    save,
+    train_rows,
+    write_rows,
+)
+from pytest import approx
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaForCausalLM
+
+import losses
+import opd
+
+EOS = 1
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18], [3], [30, EOS, 0, 31], [22, 23], [9] * 7]
+HEAT = 1.5  # of loss and sampling: a temperature that is forgotten on one side shows
+
+
+@pytest.fixture(scope="module")
+def student():
+    return make_model(0)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return make_model(1, width=48).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def rollouts(student):
+    """Ragged, some ended and some cut, with behaviour log-probs a little stale, as after an update."""
+    found = opd.sample(student, PROMPTS, 1, [EOS, 7, 20, 30, 31, 40], (4, 1), range(6), 14, HEAT)
+    sizes = [len(r.completion) for r in found]
+    assert len(set(sizes)) >= 4 and {r.ended for r in found} == {True, False}
+    noise = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(0)).split(sizes)
+    for r, x in zip(found, noise, strict=True):
+        r.logp = [logp + 0.3 * y for logp, y in zip(r.logp, x.tolist(), strict=True)]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_gradients_left(student):
+    student.zero_grad()
+
+
+# ---------------------------------------------------------------------------------------------- the reference
+
+TOPK = {
+    "topk": losses.topk_reverse_kl,
+    "sg_topk": losses.sg_topk_reverse_kl,
+    "norm_topk": losses.norm_topk_reverse_kl,
+    "tail_topk": losses.tail_topk_reverse_kl,
+    "topk_forward": losses.topk_forward_kl,
+    "norm_topk_forward": losses.norm_topk_forward_kl,
+    "tail_topk_forward": losses.tail_topk_forward_kl,
+}
+KEYWORDS = {"jsd": dict(beta=0.3), "skew_forward_kl": dict(alpha=0.2), "skew_reverse_kl": dict(alpha=0.2)}
+
+
+def all_logits(model, rollouts):
+    """[B,T,V]: the model's own logits at the completion tokens, one row after another, no padding inside."""
+    longest = max(len(r.completion) for r in rollouts)
+    rows = []
+    for r in rollouts:
+        logits = model(input_ids=torch.tensor([r.prompt + r.completion])).logits[0]
+        mine = logits[len(r.prompt) - 1 : -1]
+        rows.append(torch.cat([mine, mine.new_zeros(longest - len(mine), mine.shape[1])]))
+    return torch.stack(rows)
+
+
+def reference(student, teacher, rollouts, args, name):
+    """loss as the textbook has it, [B,T,V] in full -> its mean over all completion tokens; fills .grad."""
+    student.zero_grad()
+    longest = max(len(r.completion) for r in rollouts)
+    pad = lambda rows: torch.tensor([row + [0] * (longest - len(row)) for row in rows])  # noqa: E731
+    tokens, behaviour = pad([r.completion for r in rollouts]), pad([r.logp for r in rollouts])  # [B,T]
+    mask = pad([[1] * len(r.completion) for r in rollouts]).bool()  # [B,T]
+    p = all_logits(student, rollouts) / args.loss_temperature  # [B,T,V]
+    with torch.no_grad():
+        q = all_logits(teacher, rollouts) / args.loss_temperature  # [B,T,V]
+    if name in TOPK:
+        topk_ids, teacher_topk_logp, valid = losses.topk_support(p, q, args.topk, args.topk_source)
+        loss = TOPK[name](p, teacher_topk_logp, topk_ids, valid)
+    elif name in ("k1", "k2", "k3", "pg", "sft"):
+        log_p, log_q = (x.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] for x in (p, q))
+        if name == "pg":
+            advantage = losses.reverse_kl_advantage(log_p, log_q, mask, args.gamma)
+            loss = losses.policy_gradient(log_p, advantage, behaviour, args.ratio_clip)
+        else:
+            loss = -log_p if name == "sft" else getattr(losses, name)(log_p, log_q)
+    else:
+        loss = getattr(losses, name)(p, q, **KEYWORDS.get(name, {}))
+    loss = (loss * mask).sum() / mask.sum()
+    loss.backward()
+    return loss.item(), gradients(student)
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def close(found, expected, rtol=2e-4):
+    """All gradients alike, each relative to the largest entry of its tensor."""
+    assert found.keys() == expected.keys()
+    for name in expected:
+        scale = expected[name].abs().max().item()
+        assert torch.allclose(found[name], expected[name], rtol=0, atol=rtol * scale + 1e-9), name
+
+
+def score(student, teacher, rollouts, args, name=None, total=None):
+    """opd.distill -> its metrics, as means, and the gradients it leaves."""
+    student.zero_grad()
+    total = total or sum(len(r.completion) for r in rollouts)
+    loss = opd.SFT if name == "sft" else opd.LOSSES[name or args.loss]
+    sums, _ = opd.distill(student, teacher, rollouts, [r.prompt for r in rollouts], loss, args, total)
+    return dict(zip(opd.TOKEN_METRICS, (sums / total).tolist(), strict=True)), gradients(student)
+
+
+def arguments(name, **kwargs):
+    heat = dict(temperature=HEAT, loss_temperature=HEAT)
+    name = "k1" if name == "sft" else name
+    return make_args(loss=name, beta=0.3, alpha=0.2, **{**heat, **kwargs})
+
+
+ALL = [*opd.LOSSES, "sft"]
+
+
+# ------------------------------------------------------------------------------------------- the causal shift
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neo", "mistral", "gemma2", "qwen3_moe"])
+def test_token_t_is_scored_by_the_state_before_it(family):
+    """THE shift: completion token t of a prompt of P tokens is predicted at position P + t - 1."""
+    model, generator = make_family(family), torch.Generator().manual_seed(0)
+    sizes = [4, 1, 9, 3, 6, 2]
+    completions = [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in sizes]
+    with torch.no_grad():
+        packed = opd.completion_hidden(model, PROMPTS, completions).split(sizes)
+        for prompt, completion, states in zip(PROMPTS, completions, packed, strict=True):
+            alone = model.base_model(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
+            for t in range(len(completion)):
+                assert torch.allclose(states[t], alone[len(prompt) + t - 1], rtol=1e-4, atol=1e-4)
+
+
+def test_every_completion_token_is_scored_and_no_prompt_token(student, teacher, rollouts, monkeypatch):
+    scored, project = [], opd.project
+
+    def recorded(model, hidden):
+        scored.append((model, len(hidden)))
+        return project(model, hidden)
+
+    monkeypatch.setattr(opd, "project", recorded)
+    score(student, teacher, rollouts, arguments("reverse_kl"))
+    for model in (student, teacher):
+        assert sum(n for m, n in scored if m is model) == sum(len(r.completion) for r in rollouts)
+
+
+def test_the_end_token_teaches(student, teacher, rollouts):
+    """Without its last token a row gives another gradient: the end of a text is learnt as well."""
+    ended = [r for r in rollouts if r.ended and len(r.completion) > 1]
+    cut = [copy.copy(r) for r in ended]
+    for r in cut:
+        r.completion, r.logp = r.completion[:-1], r.logp[:-1]
+    args, total = arguments("sft"), sum(len(r.completion) for r in ended)
+    whole, _ = score(student, teacher, ended, args, "sft", total)
+    without, _ = score(student, teacher, cut, args, "sft", total)
+    hidden = opd.completion_hidden(student, [r.prompt for r in ended], [r.completion for r in ended])
+    last = torch.tensor([len(r.completion) for r in ended]).cumsum(0) - 1
+    logp = (opd.project(student, hidden[last]) / HEAT).log_softmax(-1)
+    ends = -sum(logp[i, r.completion[-1]].item() for i, r in enumerate(ended)) / total
+    assert whole["loss"] - without["loss"] == approx(ends, rel=1e-4)
+
+
+def test_what_is_in_the_padding_does_not_matter(student):
+    """Right padding repeats id 0: whatever its embedding is, no state of a row without it changes."""
+    prompts, completions = [[5, 6, 7], [8] * 12, [3]], [[9, 1, 1], [4] * 5, [2, 1]]
+    twin = copy.deepcopy(student)
+    with torch.no_grad():
+        twin.model.embed_tokens.weight[0] = 1e3
+        before = opd.completion_hidden(student, prompts, completions)
+        assert torch.equal(opd.completion_hidden(twin, prompts, completions), before)
+
+
+def test_row_order_and_longer_rows_do_not_matter(student):
+    prompts, completions = [[5, 6, 7], [EOS, 0, 8], [3]], [[9, 0, 1], [0, 0], [0, EOS, EOS]]
+    with torch.no_grad():
+        states = opd.completion_hidden(student, prompts, completions).split([3, 2, 3])
+        backwards = opd.completion_hidden(student, prompts[::-1], completions[::-1]).split([3, 2, 3])
+        longer = opd.completion_hidden(student, [*prompts, [7] * 30], [*completions, [2]]).split([3, 2, 3, 1])
+    for i in range(3):
+        assert torch.allclose(states[i], backwards[2 - i], atol=1e-5)
+        assert torch.allclose(states[i], longer[i], atol=1e-5)
+
+
+# ----------------------------------------------------------------------- chunks, micro-batches, the reference
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_chunks_of_any_size_give_the_reference(student, teacher, rollouts, name):
+    expected_loss, expected = reference(student, teacher, rollouts, arguments(name), name)
+    metrics = []
+    for chunk_tokens in (1, 3, 7, 100_000):
+        args = arguments(name, chunk_tokens=chunk_tokens)
+        some, found = score(student, teacher, rollouts, args, name)
+        assert some["loss"] == approx(expected_loss, rel=1e-5, abs=1e-6)
+        close(found, expected)
+        metrics.append(some)
+    for some in metrics:
+        assert some == approx(metrics[-1], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("source", ["student", "teacher", "union", "intersection"])
+def test_every_support_gives_the_reference(student, teacher, rollouts, source):
+    args = arguments("tail_topk", topk_source=source)
+    loss, expected = reference(student, teacher, rollouts, args, "tail_topk")
+    some, found = score(student, teacher, rollouts, args)
+    assert some["loss"] == approx(loss, rel=1e-5)
+    close(found, expected)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_policy_gradient_that_looks_ahead_gives_the_reference(student, teacher, rollouts, gamma):
+    args = arguments("pg", gamma=gamma, chunk_tokens=3)
+    loss, expected = reference(student, teacher, rollouts, args, "pg")
+    some, found = score(student, teacher, rollouts, args)
+    assert some["loss"] == approx(loss, rel=1e-5)
+    close(found, expected)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_micro_batches_of_any_size_are_one_batch(student, teacher, rollouts, name):
+    """Rows of unequal length: a mean per micro-batch would weigh tokens unequally."""
+    expected_loss, expected = reference(student, teacher, rollouts, arguments(name), name)
+    loss, prompts = opd.SFT if name == "sft" else opd.LOSSES[name], [r.prompt for r in rollouts]
+    still = torch.optim.SGD(student.parameters(), lr=0.0)
+    for micro_batch_size in (1, 2, 4, 6):
+        args = arguments(name, micro_batch_size=micro_batch_size, max_grad_norm=math.inf)
+        row = opd.update(student, teacher, rollouts, prompts, loss, still, args, 1)
+        close(gradients(student), expected)
+        assert row["loss"] == approx(expected_loss, rel=1e-5, abs=1e-6)
+        assert row["tokens"] == sum(len(r.completion) for r in rollouts)
+        norm = math.sqrt(sum(g.square().sum().item() for g in expected.values()))
+        assert row["grad_norm"] == approx(norm, rel=1e-4)
+
+
+def test_gradients_above_the_norm_are_scaled_to_it(student, teacher, rollouts):
+    _, expected = reference(student, teacher, rollouts, arguments("reverse_kl"), "reverse_kl")
+    norm = math.sqrt(sum(g.square().sum().item() for g in expected.values()))
+    args, still = (
+        arguments("reverse_kl", max_grad_norm=norm / 4),
+        torch.optim.SGD(student.parameters(), lr=0.0),
+    )
+    row = opd.update(
+        student, teacher, rollouts, [r.prompt for r in rollouts], opd.LOSSES["reverse_kl"], still, args, 1
+    )
+    assert row["grad_norm"] == approx(norm, rel=1e-4)  # as it was before
+    close(gradients(student), {name: g / 4 for name, g in expected.items()})
+
+
+def test_an_update_forgets_the_gradients_of_the_one_before(student, teacher, rollouts):
+    args, still = arguments("reverse_kl"), torch.optim.SGD(student.parameters(), lr=0.0)
+    inputs = (
+        student,
+        teacher,
+        rollouts,
+        [r.prompt for r in rollouts],
+        opd.LOSSES["reverse_kl"],
+        still,
+        args,
+        1,
+    )
+    assert opd.update(*inputs)["grad_norm"] == approx(opd.update(*inputs)["grad_norm"])
+
+
+def test_the_teacher_reads_its_own_prompt(student, teacher, rollouts):
+    """Prompts of other lengths for the teacher (privileged information) score the same completion tokens."""
+    longer = [[11, 12, 13] * (i + 1) + r.prompt for i, r in enumerate(rollouts)]
+    args, total = arguments("reverse_kl", loss_temperature=1.0), sum(len(r.completion) for r in rollouts)
+    sums, _ = opd.distill(student, teacher, rollouts, longer, opd.LOSSES["reverse_kl"], args, None)
+    expected = 0.0
+    with torch.no_grad():
+        for r, prompt in zip(rollouts, longer, strict=True):
+            read = SimpleNamespace(prompt=prompt, completion=r.completion)
+            expected += losses.reverse_kl(all_logits(student, [r]), all_logits(teacher, [read])).sum().item()
+    assert sums[0].item() == approx(expected, rel=1e-5)
+    assert sums[0].item() != approx(total * score(student, teacher, rollouts, args)[0]["loss"], rel=0.01)
+
+
+def test_measuring_leaves_no_gradient(student, teacher, rollouts):
+    student.zero_grad()
+    args, prompts = arguments("reverse_kl"), [r.prompt for r in rollouts]
+    sums, _ = opd.distill(student, teacher, rollouts, prompts, opd.LOSSES["reverse_kl"], args, None)
+    assert all(p.grad is None for p in student.parameters())
+    expected, _ = score(student, teacher, rollouts, args)
+    total = sum(len(r.completion) for r in rollouts)
+    assert dict(zip(opd.TOKEN_METRICS, (sums / total).tolist(), strict=True)) == approx(expected, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------- metrics
+
+
+@pytest.mark.parametrize("source", ["student", "teacher", "union", "intersection"])
+def test_metrics_equal_a_float64_computation(student, teacher, rollouts, source):
+    """Exact, at temperature 1 and over the full vocabulary, whatever the loss is."""
+    found, _ = score(student, teacher, rollouts, arguments("sg_topk", topk_source=source))
+    k, total, sums = SMALL["topk"], 0, {}
+    with torch.no_grad():
+        student, teacher = copy.deepcopy(student).double(), copy.deepcopy(teacher).double()
+        for r in rollouts:
+            logp, logq = (all_logits(m, [r])[0].log_softmax(-1).tolist() for m in (student, teacher))
+            for log_p, log_q, y in zip(logp, logq, r.completion, strict=True):
+                best_p, best_q = (set(sorted(range(VOCAB), key=lambda v: -x[v])[:k]) for x in (log_p, log_q))
+                support = dict(student=best_p, teacher=best_q, union=best_p | best_q)
+                support["intersection"] = best_p & best_q
+                here = dict(
+                    reverse_kl=sum(math.exp(a) * (a - b) for a, b in zip(log_p, log_q, strict=True)),
+                    forward_kl=sum(math.exp(b) * (b - a) for a, b in zip(log_p, log_q, strict=True)),
+                    student_entropy=-sum(math.exp(a) * a for a in log_p),
+                    teacher_entropy=-sum(math.exp(b) * b for b in log_q),
+                    student_mass=sum(math.exp(log_p[v]) for v in support[source]),
+                    teacher_mass=sum(math.exp(log_q[v]) for v in support[source]),
+                    student_logp=log_p[y],
+                    teacher_logp=log_q[y],
+                    overlap=len(best_p & best_q) / k,
+                )
+                total, sums = total + 1, {name: sums.get(name, 0) + x for name, x in here.items()}
+    del found["loss"]
+    assert found == approx({name: x / total for name, x in sums.items()}, rel=1e-4, abs=1e-6)
+
+
+ROW = (
+    "step loss reverse_kl forward_kl student_entropy teacher_entropy student_mass teacher_mass overlap "
+    "grad_norm lr completion_len truncated repetition tokens tokens_per_s sample_s teacher_s student_s "
+    "peak_mem_gb"
+).split()
+EVALUATION = "eval_accuracy eval_pass eval_reverse_kl eval_len".split()
+
+
+def test_every_row_of_the_log_has_every_metric(tiny, tmp_path):
+    args = {**SMALL, **tiny, "steps": 3, "eval_every": 2, "out": str(tmp_path)}
+    opd.train(opd.Args(**args))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert set(rows[0]) == {"step", *EVALUATION}
+    for row in rows[1:]:
+        assert set(ROW) <= set(row) and all(math.isfinite(x) for x in row.values())
+        assert all((name in row) == (row["step"] != 1) for name in EVALUATION)
+        assert row["tokens"] == row["completion_len"] * SMALL["batch_size"]
+        assert row["tokens_per_s"] > 0 and row["peak_mem_gb"] > 0
+
+
+# ------------------------------------------------------------------------------ from the last state to logits
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_project_gives_the_models_own_logits(family, tied):
+    model, ids = make_family(family, tied=tied), torch.tensor([PROMPTS[1]])
+    model.vocab_in_use = VOCAB
+    with torch.no_grad():
+        own, hidden = model(input_ids=ids).logits[0], model.base_model(input_ids=ids).last_hidden_state[0]
+        plain = model.get_output_embeddings()(hidden)
+        assert torch.allclose(opd.project(model, hidden), own, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(plain, own, atol=1e-3) == (family not in ("gemma2", "granite", "cohere"))
+    opd.check_projection(model)
+    assert torch.equal(model(input_ids=ids).logits[0], own)  # the body is back in its place
+
+
+def test_a_model_whose_logits_are_not_made_from_its_last_state_is_refused():
+    class Biased(LlamaForCausalLM):
+        def forward(self, input_ids=None, **kwargs):
+            output = super().forward(input_ids=input_ids, **kwargs)
+            if input_ids is not None:  # an n-gram model mixed in, say
+                output.logits = output.logits + torch.nn.functional.one_hot(input_ids, VOCAB)
+            return output
+
+    model = Biased(make_model(0).config)
+    model.vocab_in_use = VOCAB
+    with pytest.raises(opd.UserError, match="Biased"):
+        opd.check_projection(model)
+
+
+def test_padded_vocabularies_change_nothing(tiny, tmp_path):
+    """Five rows too many in the student, eleven in the teacher, all of them likelier than any token."""
+
+    def padded(model, rows):
+        wide = make_model(0, vocab=VOCAB + rows, width=model.config.hidden_size)
+        weights = model.state_dict()
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weights[name] = torch.cat([weights[name], 10 * weights[name][:rows] + 1])
+        wide.load_state_dict(weights)
+        return wide
+
+    models = make_model(0), make_model(1, width=48)
+    for seed, (name, rows) in enumerate([("student", 5), ("teacher", 11)]):
+        save(tmp_path / name, padded(models[seed], rows), make_tokenizer())
+    wide = {name: str(tmp_path / name) for name in ("student", "teacher")}
+    for loss in ("reverse_kl", "sg_topk", "pg"):
+        runs = []
+        for flags in (tiny, {**tiny, **wide}):
+            runs.append(train_rows(tmp_path / f"{loss}{len(runs)}", flags, loss=loss, steps=2))
+        for cut, uncut in zip(*runs, strict=True):
+            for name in ROW[:14]:
+                assert uncut[name] == approx(cut[name], rel=1e-3, abs=1e-5), name
+            assert uncut["tokens"] == cut["tokens"]
+
+
+def padding_with(token, tiny, folder):
+    """The tiny pair again, with this pad token in tokenizers and configs."""
+    paths = {}
+    for name in ("student", "teacher"):
+        model = LlamaForCausalLM.from_pretrained(tiny[name])
+        tokenizer = make_tokenizer(pad=token)
+        model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+        paths[name] = save(folder / str(token) / name, model, tokenizer)
+    return paths
+
+
+def test_pad_token_equal_to_eos_changes_nothing(tiny, tmp_path):
+    """Masks come from lengths: padding with the end token or with nothing is the same run."""
+    runs = [
+        train_rows(
+            tmp_path / f"out_{token}", tiny, padding_with(token, tiny, tmp_path), steps=3, batch_size=8
+        )
+        for token in (None, "$")
+    ]
+    assert min(row["truncated"] for row in runs[0]) < 1  # some row has ended
+    for plain, same in zip(*runs, strict=True):
+        assert {name: same[name] for name in ROW[:14]} == {name: plain[name] for name in ROW[:14]}
+
+
+def test_the_pad_token_learns_where_it_is_read(tiny, tmp_path):
+    """A pad token equal to the end token stands between the turns of a chat: a weight like others."""
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": f"^{i}$1+{i}="} for i in range(4)])
+    paths = padding_with("$", tiny, tmp_path)
+    train_rows(tmp_path / "out", tiny, paths, data=data, steps=1)
+    before, after = (
+        LlamaForCausalLM.from_pretrained(path).model.embed_tokens.weight[EOS]
+        for path in (paths["student"], tmp_path / "out" / "final")
+    )
+    assert not torch.equal(before, after)
+
+
+# ----------------------------------------------------------------------------------- precision, memory, modes
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bfloat16_trains_two_steps_with_finite_numbers(tiny, tmp_path, tied):
+    paths = {}
+    for seed, name in enumerate(["student", "teacher"]):
+        paths[name] = save(tmp_path / name, make_family("llama", seed, tied), make_tokenizer())
+    for row in train_rows(tmp_path / "out", tiny, paths, steps=2, dtype="bfloat16"):
+        assert all(math.isfinite(x) for x in row.values())
+        assert row["reverse_kl"] > 0 and row["forward_kl"] > 0
+
+
+def test_bfloat16_projects_in_float32(student, teacher, rollouts, monkeypatch):
+    """Student = teacher up to a hair: with logits of 8 bits the KLs would be noise of either sign."""
+    near = copy.deepcopy(student).requires_grad_(False)
+    with torch.no_grad():
+        near.lm_head.weight.add_(1e-4 * torch.randn(near.lm_head.weight.shape))
+    made, project = [], opd.project
+
+    def recorded(model, hidden):
+        made.append((model, hidden.detach().float(), project(model, hidden)))
+        return made[-1][2]
+
+    monkeypatch.setattr(opd, "project", recorded)
+    args = arguments("reverse_kl", dtype="bfloat16", loss_temperature=1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        metrics, _ = score(student, near, rollouts, args)
+    for model, hidden, logits in made:
+        assert logits.dtype == torch.float32
+        assert torch.allclose(logits, hidden @ model.lm_head.weight.T, rtol=1e-5, atol=1e-5)
+    assert 0 <= metrics["reverse_kl"] < 1e-5 and 0 <= metrics["forward_kl"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "sg_topk", "tail_topk_forward", "k3", "pg"])
+def test_no_more_logits_exist_than_those_of_a_chunk(name):
+    """The largest tensor of a whole forward and backward, in numbers."""
+    vocab, chunk, length = 3000, 4, 40
+    student, teacher = (make_model(seed, vocab=vocab, layers=1, width=16) for seed in (0, 1))
+    row = opd.Rollout([5, 6, 7], list(range(8, 8 + length)), [-5.0] * length, False)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                largest = max(largest, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    args = make_args(loss=name, chunk_tokens=chunk, gamma=1.0)
+    with Watch():
+        score(student, teacher, [row, row], args)
+    weights = student.lm_head.weight.numel()
+    assert largest == max(weights, chunk * vocab) < length * vocab / 2
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "topk", "k2", "pg"])
+def test_project_never_sees_more_than_a_chunk(student, teacher, rollouts, name, monkeypatch):
+    shapes, project = [], opd.project
+
+    def recorded(model, hidden):
+        shapes.append(tuple(project(model, hidden).shape))
+        return project(model, hidden)
+
+    monkeypatch.setattr(opd, "project", recorded)
+    score(student, teacher, rollouts, arguments(name, chunk_tokens=5))
+    assert max(shapes) == (5, VOCAB)
+
+
+def test_gradient_checkpointing_changes_no_gradient(student, teacher, rollouts, monkeypatch):
+    plain, checkpointed = copy.deepcopy(student), copy.deepcopy(student)
+    args = arguments("reverse_kl", gradient_checkpointing=True)
+    layers, mlp = [], type(student.model.layers[0].mlp)
+    forward = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda self, x: (layers.append(0), forward(self, x))[1])
+    metrics, expected = score(plain, teacher, rollouts, arguments("reverse_kl"))
+    once = len(layers)
+    some, found = score(checkpointed, teacher, rollouts, args)
+    assert len(layers) == 2 * once + 2  # two layers of the student ran again
+    assert some == metrics
+    close(found, expected, rtol=1e-6)
+    assert not any(module.training for module in checkpointed.modules())
+
+
+def test_gradient_checkpointing_still_samples_with_a_cache(student, teacher, rollouts, monkeypatch):
+    model = copy.deepcopy(student)
+    args = arguments("reverse_kl", gradient_checkpointing=True)
+    score(model, teacher, rollouts, args)
+    lengths, body = [], type(model.model)
+    forward = body.forward
+    monkeypatch.setattr(
+        body, "forward", lambda self, **k: (lengths.append(k["input_ids"].shape[1]), forward(self, **k))[1]
+    )
+    again = opd.sample(model, PROMPTS, 1, [EOS], (4, 1), range(6), 14, HEAT)
+    assert lengths[0] == 11 and set(lengths[1:]) == {1}
+    assert again == opd.sample(student, PROMPTS, 1, [EOS], (4, 1), range(6), 14, HEAT)
+
+
+DROPOUT = {
+    "llama": dict(attention_dropout=0.5),
+    "gpt2": dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5),
+    "falcon": dict(hidden_dropout=0.5, attention_dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", DROPOUT)
+def test_dropout_in_a_config_is_never_active(tiny, tmp_path, family, checkpointing):
+    runs = []
+    for name, config in [("without", {}), ("with", DROPOUT[family])]:
+        path = save(tmp_path / name, make_family(family, **config), make_tokenizer())
+        recompute = dict(gradient_checkpointing=checkpointing)
+        rows = train_rows(tmp_path / f"out_{name}", tiny, recompute, student=path, steps=2)
+        runs.append([[row[metric] for metric in ROW[:14]] for row in rows])
+    assert runs[0] == runs[1]
+
+
+# -------------------------------------------------------------------------------------------- policy gradient
+
+
+@pytest.fixture
+def policy_gradient_calls(monkeypatch):
+    """What losses.policy_gradient was given: lists of (student_logp, advantage, behaviour_logp, clip)."""
+    calls, policy_gradient = [], losses.policy_gradient
+
+    def recorded(*inputs):
+        calls.append([x.detach().clone() if isinstance(x, torch.Tensor) else x for x in inputs])
+        return policy_gradient(*inputs)
+
+    monkeypatch.setattr(losses, "policy_gradient", recorded)
+    return calls
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+def test_advantages_sum_what_follows_in_the_same_row(
+    student, teacher, rollouts, policy_gradient_calls, gamma
+):
+    """A_t = sum over s >= t of gamma^(s-t) (log q - log p): with gamma 0 the token's own gap alone."""
+    score(student, teacher, rollouts, arguments("pg", gamma=gamma, chunk_tokens=5))
+    found = torch.cat([advantage for _, advantage, _, _ in policy_gradient_calls]).tolist()
+    expected = []
+    for r in rollouts:
+        log_p, log_q = ((all_logits(m, [r])[0] / HEAT).log_softmax(-1) for m in (student, teacher))
+        gap = [(log_q[t, y] - log_p[t, y]).item() for t, y in enumerate(r.completion)]
+        expected += [sum(gamma ** (s - t) * gap[s] for s in range(t, len(gap))) for t in range(len(gap))]
+    assert found == approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_a_second_update_on_the_same_rollouts_weighs_by_clipped_ratios(tiny, tmp_path, policy_gradient_calls):
+    one_pass = dict(micro_batch_size=4, chunk_tokens=1000, updates_per_rollout=2)
+    train_rows(tmp_path, tiny, one_pass, loss="pg", steps=1, lr=0.02, warmup_steps=0, ratio_clip=0.1)
+    (first_logp, _, drawn, clip), (second_logp, _, drawn_again, _) = policy_gradient_calls
+    assert clip == 0.1
+    assert torch.allclose(first_logp, drawn, atol=1e-4)  # the first pass is on policy
+    assert torch.equal(drawn, drawn_again)
+    ratio = (second_logp - drawn_again).exp()
+    assert (ratio < 0.9).any() and (ratio > 1.1).any()
