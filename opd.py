@@ -31,6 +31,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import torch
 import torch.distributed as dist
 import transformers
@@ -112,8 +113,10 @@ def check_args(args, world):
     for flag in f"{counts} updates_per_rollout chunk_tokens eval_samples keep".split():
         need(1 <= getattr(args, flag), flag, "must be at least 1")
     for flag in "warmup_steps weight_decay sft_steps seed eval_every save_every".split():
-        need(0 <= getattr(args, flag) < 2**62, flag, "must be 0 or more")
-    for flag in "temperature loss_temperature lr ratio_clip".split():
+        need(0 <= getattr(args, flag) < 2**62, flag, "must be 0 or more, and less than 2**62")
+    for flag in "temperature loss_temperature".split():
+        need(1e-6 <= getattr(args, flag) < math.inf, flag, "must be at least 1e-6 and finite")
+    for flag in "lr ratio_clip".split():
         need(0 < getattr(args, flag) < math.inf, flag, "must be positive and finite")
     for flag in "gamma lmbda".split():
         need(0 <= getattr(args, flag) <= 1, flag, "must be between 0 and 1")
@@ -126,6 +129,13 @@ def check_args(args, world):
     choice("lr_schedule", ("constant", "linear", "cosine"))
     choice("dtype", ("float32", "bfloat16"))
     need(args.sft_steps <= args.steps, "sft_steps", f"must not exceed --steps {args.steps}, which count them")
+    out = Path(args.out).absolute()
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    writable = args.out and there.is_dir() and os.access(there, os.W_OK)
+    need(writable, "out", f"{there} is not a folder that can be written to; choose another")
+    holds_run = checkpoints(out) or any((out / name).exists() for name in ("metrics.jsonl", "final"))
+    remedy = "already holds a run; continue it with --resume, or choose another folder"
+    need(args.resume or not holds_run, "out", remedy)
     need(args.batch_size % world == 0, "batch_size", f"must be a multiple of the {world} ranks")
     if LOSSES[args.loss][0] == "sampled":  # their expectation is over the very distribution that they score
         why = f"--loss {args.loss} needs"
@@ -155,9 +165,6 @@ def set_up(args):
         eval_data=args.eval_data or ("toy" if args.data == "toy" else None),
     )
     check_args(args, world)
-    if not args.resume and (checkpoints(args.out) or (Path(args.out) / "metrics.jsonl").exists()):
-        remedy = "continue it with --resume, or choose another folder"
-        raise UserError(f"--out {args.out}: already holds a run; {remedy}")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -166,6 +173,13 @@ def set_up(args):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # its errors end up in a UserError
+    names = {args.student, args.teacher, args.data, args.eval_data} - {"toy", None}
+    if not all(Path(name).exists() for name in names):
+        try:  # a hub that does not answer costs one try, not the minute of retries that the libraries make
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        except Exception:  # of whichever HTTP library; what is cached can still be loaded
+            huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     return args, rank, world, device
 
 
@@ -219,11 +233,11 @@ def load_rows(path, flag, columns):
             raise FileNotFoundError("no such file")
         else:
             rows = datasets.load_dataset(kind, data_files=path) if kind else datasets.load_dataset(path)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).split("\n")[0]
+    except Exception as error:  # whatever a torn or foreign file makes its reader raise
+        reason = str(error.__cause__ or error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
             f"--{flag} {path}: cannot be read ({reason}); give a .jsonl, .json or .parquet file, a folder "
-            "written by datasets.save_to_disk, or a hub name that can be reached"
+            "written by datasets.save_to_disk, or a hub name that can be reached, with at least one row"
         ) from error
     if isinstance(rows, datasets.DatasetDict):
         splits = ["test", "validation", "train"] if flag == "eval_data" else ["train"]
@@ -247,12 +261,18 @@ def encode_prompt(tokenizer, prompt, limit, where):
         raise UserError(f"{where}: a prompt must be a string or a list of chat messages, not {prompt!r}")
     if isinstance(prompt, list) and not tokenizer.chat_template:
         raise UserError(f"{where}: chat messages, but the tokenizer has no chat template; give strings")
-    if not prompt or isinstance(prompt, list) and not all(m.get("content") for m in prompt):
+    messages = prompt if isinstance(prompt, list) else []
+    if not all(isinstance(m, dict) and m.get("role") for m in messages):
+        raise UserError(f"{where}: a chat message must have a role and content; mend {prompt!r}")
+    try:
+        template = functools.partial(tokenizer.apply_chat_template, add_generation_prompt=True)
+        ids = (
+            template(prompt, return_dict=False) if messages else tokenizer(prompt).input_ids if prompt else []
+        )
+    except Exception as error:  # templates refuse what they do not like with errors of their own
+        raise UserError(f"{where}: the chat template refuses the prompt ({error}); mend the row") from error
+    if not ids or not all(m.get("content") for m in messages):
         raise UserError(f"{where}: the prompt is empty; remove the row")
-    if isinstance(prompt, str):
-        ids = tokenizer(prompt).input_ids
-    else:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     if len(ids) > limit:
         remedy = f"raise --max_prompt_tokens {limit} or remove the row"
         raise UserError(f"{where}: the prompt has {len(ids)} tokens; {remedy}")
@@ -270,23 +290,28 @@ def row_at(position, n_rows, seed):
     return epoch_order(n_rows, seed, epoch)[index]
 
 
+def marked_answer(text):
+    """A text's last \\boxed{...}, else what follows its last ####, else None."""
+    start, depth = text.rfind("\\boxed{") + len("\\boxed{"), 1
+    for end in range(start, len(text)) if "\\boxed{" in text else ():
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end].strip()
+    return text.rsplit("####", 1)[1].strip() if "####" in text else None
+
+
 def extract_answer(text):
     """A text's last \\boxed{...}, else what follows its last ####, else its last number, else None."""
-    start = text.rfind("\\boxed{") + len("\\boxed{")
-    if "\\boxed{" in text:
-        depth = 1
-        for end in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[start:end].strip()
-    if "####" in text:
-        return text.rsplit("####", 1)[1].strip()
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return numbers[-1] if numbers else None
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
+    marked = marked_answer(text)
+    return marked if marked is not None else numbers[-1] if numbers else None
 
 
 def is_correct(completion, answer):
-    """Whether two texts give the same answer: as numbers if both are ("$1,024.0" = "1024"), else as words."""
+    """Whether a completion gives the answer: as numbers if both are ("$1,024.0" = "1024"), else as words.
+
+    The answer may itself be a text with a \\boxed{} or ####; without them it is taken whole.
+    """
 
     def normal(text):
         words = re.sub(r"[$,]", "", text).strip().rstrip(".").lower()
@@ -295,7 +320,7 @@ def is_correct(completion, answer):
         except ValueError:
             return words
 
-    found, wanted = extract_answer(completion), extract_answer(answer)
+    found, wanted = extract_answer(completion), marked_answer(answer)
     return found is not None and normal(found) == normal(answer if wanted is None else wanted)
 
 
@@ -305,9 +330,12 @@ def is_correct(completion, answer):
 def load_model(path, flag, dtype, device):
     """-> tokenizer, model in eval mode (no dropout, ever); safetensors only, no remote code."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # unset, it would ask
+        options = dict(use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        if info["missing_keys"]:  # they would be drawn at random, in silence
+            raise ValueError(f"weights are missing: {' '.join(sorted(info['missing_keys'])[:3])} ...")
+    except Exception as error:  # whatever a torn or foreign file makes its reader raise
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"--{flag} {path}: cannot be loaded ({reason}); give a folder with config, safetensors and "
@@ -343,7 +371,8 @@ def load_pair(student_path, teacher_path, args, device):
     for flag, model in (("student", student), ("teacher", teacher)):
         rows = model.get_output_embeddings().weight.shape[0]
         if rows < vocab:
-            raise UserError(f"--{flag}: {vocab} tokens in the tokenizer, {rows} in the model; resize that")
+            sizes = f"{vocab} tokens in the tokenizer, {rows} in the model"
+            raise UserError(f"--{flag} {getattr(args, flag)}: {sizes}; resize the model's embeddings")
         model.vocab_in_use = vocab  # models of one family pad their vocabularies differently: both are cut
         longest = getattr(model.config, "max_position_embeddings", None) or math.inf
         if args.max_prompt_tokens + args.max_new_tokens > longest:
@@ -353,7 +382,7 @@ def load_pair(student_path, teacher_path, args, device):
         # learns an end from its teacher that is not in this list would never stop.
         ends = model.generation_config.eos_token_id if model.generation_config else None
         stop_ids |= set(ends) if isinstance(ends, list | tuple) else {ends}
-        check_projection(model)
+        check_projection(model, f"--{flag} {getattr(args, flag)}")
     return student, teacher, tokenizer, sorted(i for i in stop_ids if i is not None and i < vocab)
 
 
@@ -376,16 +405,18 @@ def project(model, hidden):
 
 
 @torch.no_grad()
-def check_projection(model):
-    """UserError unless project() gives the model's own logits."""
-    ids = torch.arange(8, device=model.device)[None]  # [1,8]
+def check_projection(model, where):
+    """UserError unless project() gives the model's own logits, and they are finite."""
+    ids = torch.arange(min(8, model.vocab_in_use), device=model.device)[None]  # [1,8]
     bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         own = model(input_ids=ids, use_cache=False).logits[0, :, : model.vocab_in_use].float()  # [8,V]
+        if own.isnan().any() or own.isposinf().any():
+            raise UserError(f"{where}: its logits are not finite: damaged weights; use another copy")
         gap = own - project(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
     if not gap.abs().max() <= (0.05 if bf16 else 1e-4) * own.abs().max():
-        name = type(model).__name__
-        raise UserError(f"{name}: its logits cannot be made from its last hidden states; use another model")
+        why = f"the logits of {type(model).__name__} cannot be made from its last hidden states"
+        raise UserError(f"{where}: {why}; use another model")
 
 
 # ----------------------------------------------------------------------------------------------------- sample
@@ -682,7 +713,7 @@ def save_checkpoint(out, step, student, tokenizer, optimizer, args, rank, **extr
 
 def checkpoints(out):
     """Checkpoint folders, newest first."""
-    return sorted(Path(out).glob("step_??????"), reverse=True)
+    return sorted(Path(out).glob("step_" + "[0-9]" * 6), reverse=True)
 
 
 # What a continued run may change: nothing that enters the arithmetic of a step already taken.
@@ -697,19 +728,23 @@ def newest_checkpoint(args):
     for folder in checkpoints(args.out):
         try:
             state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-            made_with, _ = state["args"], AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True)
+            made_with, _, _ = state["args"], state["step"], state["optimizer"]
+            load_model(folder, "out", torch.float32, "cpu")
         except Exception as error:  # whatever a torn or foreign file makes its reader raise
             problem = f"{folder}: not a whole checkpoint ({type(error).__name__}); trying the one before"
-            print(problem, file=sys.stderr)
+            if os.environ.get("RANK", "0") == "0":
+                print(problem, file=sys.stderr)
             continue
         free = {"steps"} if args.lr_schedule == "constant" else set()
-        for name in sorted(set(made_with) - FREE_ON_RESUME - free):
-            if made_with[name] != getattr(args, name, None):
+        for name in sorted(set(made_with) ^ set(asdict(args)) | set(made_with) - FREE_ON_RESUME - free):
+            if made_with.get(name) != getattr(args, name, None):
                 raise UserError(
                     f"--{name} {getattr(args, name, None)}: the run in --out {args.out} was made with "
-                    f"{made_with[name]}; resume with that, or choose another --out"
+                    f"{made_with.get(name)}; resume with that, or choose another --out"
                 )
         return folder, state
+    if checkpoints(args.out):
+        raise UserError(f"--out {args.out}: none of its checkpoints is whole; choose another --out")
     return None, None
 
 
@@ -735,10 +770,10 @@ def make_optimizer(student, args, state):
 
 
 def batch_of(step, n_rows, args, rank, world):
-    """This rank's part of a step's prompts: -> their slots in the global batch, their rows in the data."""
-    share = args.batch_size // world
+    """A step's prompts: -> this rank's slots in the global batch, and the rows in the data of all slots."""
+    size, share = args.batch_size, args.batch_size // world
     slots = range(rank * share, (rank + 1) * share)
-    return slots, [row_at((step - 1) * args.batch_size + slot, n_rows, args.seed) for slot in slots]
+    return slots, [row_at((step - 1) * size + slot, n_rows, args.seed) for slot in range(size)]
 
 
 def repetition(completion, n=4):
@@ -872,7 +907,7 @@ def train(args):
         return encode_prompt(tokenizer, rows[i]["prompt"], args.max_prompt_tokens, where)
 
     eval_prompts = [encode(held_out, "eval_data", i) for i in range(len(held_out))]
-    answers = [str(row["answer"] or "") for row in held_out]
+    answers = ["" if row["answer"] is None else str(row["answer"]) for row in held_out]
     for i in range(min(len(data), 1000)):  # the other rows of a longer data set: when their turn comes
         encode(data, "data", i)
 
@@ -893,7 +928,8 @@ def train(args):
         for step in bar:
             begin, seconds = clock(device), {}
             slots, which = batch_of(step, len(data), args, rank, world)
-            prompts = [encode(data, "data", i) for i in which]
+            prompts = [encode(data, "data", i) for i in which]  # of all ranks, to fail alike
+            prompts = [prompts[slot] for slot in slots]
 
             # Sample from the student; in SFT steps, and in a share 1 - lmbda of the others, from the teacher.
             on_policy = step > args.sft_steps and uniforms(args.seed, step).item() < args.lmbda
@@ -907,15 +943,15 @@ def train(args):
                 group["lr"] = lr_at(step, args)
             loss = LOSSES[args.loss] if step > args.sft_steps else SFT
             theirs = [r.prompt for r in rollouts]  # the teacher reads what the student reads; in OPSD, more
-            with autocast:
-                metrics = update(student, teacher, rollouts, theirs, loss, optimizer, args, step)
-                for _ in range(args.updates_per_rollout - 1):
-                    update(student, teacher, rollouts, theirs, loss, optimizer, args, step)
+            updates = []
+            for _ in range(args.updates_per_rollout):
+                with autocast:  # left after each: until then it keeps the bfloat16 copies of the weights
+                    updates.append(update(student, teacher, rollouts, theirs, loss, optimizer, args, step))
 
             # Evaluate, record, save.
             stop = all_reduce(torch.tensor(len(signals), device=device)).item() > 0
             last = step == args.steps
-            row = {"step": step, **metrics, **rollout_metrics(rollouts, device), **seconds}
+            row = {"step": step, **updates[0], **rollout_metrics(rollouts, device), **seconds}
             row.update(lr=lr_at(step, args), peak_mem_gb=peak_memory_gb(device))
             row["tokens_per_s"] = row["tokens"] / (clock(device) - begin)
             if last or (args.eval_every and step % args.eval_every == 0):
@@ -945,8 +981,10 @@ def main(args_class=Args, train=train):
             refuse(f"{unknown[0]}: no such flag")
         train(args)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # all ranks check the same things and fail alike
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks check the same things and fail alike
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        else:  # torchrun kills all ranks as soon as one has ended: the one that speaks goes first
+            time.sleep(60)
         sys.exit(2)
     finally:
         if dist.is_initialized():

@@ -77,7 +77,8 @@ def check_args(args):
 
     def need(ok, flag, remedy):
         if not ok:
-            raise UserError(f"--{flag} {getattr(args, flag)}: {remedy}")
+            value = str(getattr(args, flag)).replace("\n", "\\n")  # a template has lines, a message has one
+            raise UserError(f"--{flag} {value}: {remedy}")
 
     need(args.pi in TEMPLATES, "pi", f"unknown; choose one of {' '.join(TEMPLATES)}")
     need(
@@ -100,7 +101,8 @@ def check_args(args):
             fields = template_fields(args.pi_template)
         except ValueError as error:
             raise UserError(f"--pi_template {args.pi_template!r}: {error}; write {{{{ for a brace") from error
-        known = "prompt answer solution privileged example_prompt example_solution".split()
+        known = "prompt answer solution privileged".split()
+        known += ["example_prompt", "example_solution"] if args.pi == "demonstration" else []
         for name in fields:
             need(name in known, "pi_template", f"no field {{{name}}}; there are {' '.join(known)}")
         needed = " or ".join(f"{{{name}}}" for name in NEEDS[args.pi])
@@ -110,35 +112,46 @@ def check_args(args):
 
 
 def template_fields(template):
-    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    """Names of the fields of a template; ValueError for what is more than a name."""
+    fields = [field for field in string.Formatter().parse(template) if field[1] is not None]
+    for _, name, spec, conversion in fields:
+        if spec or conversion:
+            raise ValueError(f"a field is a name alone, as {{{name}}}")
+    return [name for _, name, _, _ in fields]
 
 
 # ------------------------------------------------------------------------------------- what the teacher reads
 
 
-def partner(rows, i, column, seed):
-    """Another row, drawn for row i from the seed, whose column is not the same as row i's."""
+def partner(rows, i, what, seed, where):
+    """Another row, drawn for row i from the seed, in which what(row) is not the same as in row i."""
     start = int(uniforms(seed, -2, i).item() * (len(rows) - 1))
-    for step in range(len(rows)):
-        j = (i + 1 + (start + step) % max(1, len(rows) - 1)) % len(rows)
-        if rows[j][column] != rows[i][column]:
-            return j
-    raise UserError(f"row {i}: no other row has another {column}; give more data, or another --pi")
+    for step in range(len(rows) - 1):
+        other = rows[(i + 1 + (start + step) % (len(rows) - 1)) % len(rows)]
+        if has(other.get("solution")) and what(other) != what(rows[i]):
+            return other
+    raise UserError(f"{where}: no other row has another problem and solution; give more rows or another --pi")
+
+
+def has(value):
+    return value is not None and value != ""
 
 
 def mask_solution(tokenizer, solution, ratio, key):
     """The solution with each token hidden with probability ratio: a pure function of the key."""
-    ids = tokenizer(solution, add_special_tokens=False).input_ids
-    hidden = (uniforms(*key, torch.arange(len(ids))) < ratio).tolist()
-    return "".join(MASKED if hide else tokenizer.decode([i]) for i, hide in zip(ids, hidden, strict=True))
+    spans = tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    hidden, text, at = (uniforms(*key, torch.arange(len(spans))) < ratio).tolist(), "", 0
+    for (start, end), hide in zip(spans, hidden, strict=True):  # of the text: a token may be half a letter
+        if end > at:
+            text, at = text + solution[at:start] + (MASKED if hide else solution[max(at, start) : end]), end
+    return text + solution[at:]
 
 
 def user_text(prompt):
-    return (
-        prompt
-        if isinstance(prompt, str)
-        else next(m["content"] for m in reversed(prompt) if m["role"] == "user")
-    )
+    """The prompt, or its last message of the user; None if there is none."""
+    if isinstance(prompt, str):
+        return prompt
+    return next((m["content"] for m in reversed(prompt) if m["role"] == "user"), None)
 
 
 def teacher_prompt(tokenizer, rows, i, args, where):
@@ -149,19 +162,23 @@ def teacher_prompt(tokenizer, rows, i, args, where):
     template = args.pi_template or TEMPLATES[args.pi]
     if args.pi == "hidden_think" and args.pi_template is None and "solution" not in rows.column_names:
         template = "{answer}"
+    fields = template_fields(template)
+    for column in (name.replace("example_", "") for name in fields):  # its own, also if another row is shown
+        if not has(row.get(column)):
+            raise UserError(f"{where}: --pi {args.pi} needs {column!r}, missing or empty there; fill it in")
+    user = user_text(prompt)
+    if user is None and ("prompt" in fields or args.pi not in ("system", "hidden_think")):
+        raise UserError(f"{where}: --pi {args.pi} needs a message of the user, there is none; remove the row")
     values = {name: row.get(name) for name in ("answer", "solution", "privileged")}
     if args.pi == "shuffled_solution":
-        values["solution"] = rows[partner(rows, i, "solution", args.seed)]["solution"]
+        values["solution"] = partner(rows, i, lambda row: row["solution"], args.seed, where)["solution"]
     if args.pi == "demonstration":
-        other = rows[partner(rows, i, "prompt", args.seed)]
-        values.update(example_prompt=user_text(other["prompt"]), example_solution=other.get("solution"))
-    for name in template_fields(template):
-        if name != "prompt" and not values.get(name):
-            column = name.replace("example_", "")
-            raise UserError(f"{where}: --pi {args.pi} needs {column!r}, missing or empty there; fill it in")
+        other = partner(rows, i, lambda row: user_text(row["prompt"]), args.seed, where)
+        values.update(example_prompt=user_text(other["prompt"]), example_solution=other["solution"])
     if args.pi == "masked_solution":
-        values["solution"] = mask_solution(tokenizer, values["solution"], args.mask_ratio, (args.seed, -3, i))
-    text = template.format(prompt=user_text(prompt), **values)
+        key = (args.seed, -3, i)
+        values["solution"] = mask_solution(tokenizer, str(values["solution"]), args.mask_ratio, key)
+    text = template.format(prompt=user, **values)
 
     if args.pi == "hidden_think":
         # The completion goes on where the student's does: inside a block that the prompt opened, else after.
@@ -253,6 +270,9 @@ def train(args):
     teacher_path = None if live else path["teacher"] or path["student"]
     exact = replace(args, dtype="float32") if moving else args  # small steps of a teacher vanish in bfloat16
     student, teacher, tokenizer, stop_ids = opd.load_pair(path["student"], teacher_path, exact, device)
+    if moving and [p.shape for p in student.parameters()] != [p.shape for p in teacher.parameters()]:
+        why = f"--teacher {args.teacher} is of another shape"
+        raise UserError(f"--refresh_every {args.refresh_every}: {why}; use 0, or another teacher")
 
     needed = {
         name.replace("example_", "") for name in template_fields(args.pi_template or TEMPLATES[args.pi])
@@ -269,7 +289,7 @@ def train(args):
 
     eval_prompts = [encode(held_out, "eval_data", i) for i in range(len(held_out))]
     eval_ours, eval_theirs = [ours for ours, _ in eval_prompts], [theirs for _, theirs in eval_prompts]
-    answers = [str(row["answer"] or "") for row in held_out]
+    answers = ["" if row["answer"] is None else str(row["answer"]) for row in held_out]
     checked = [encode(data, "data", i) for i in range(min(len(data), 1000))]
 
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -306,7 +326,8 @@ def train(args):
         for step in bar:
             begin, seconds = clock(device), {}
             slots, which = opd.batch_of(step, len(data), args, rank, world)
-            prompts = [encode(data, "data", i) for i in which]
+            prompts = [encode(data, "data", i) for i in which]  # of all ranks, to fail alike
+            prompts = [prompts[slot] for slot in slots]
 
             # Sample: whoever writes, reads its own prompt; what it wrote is then scored behind both.
             n, limits = args.samples_per_prompt, (args.max_new_tokens, args.temperature, args.top_p)
@@ -322,10 +343,12 @@ def train(args):
             for group in optimizer.param_groups:
                 group["lr"] = opd.lr_at(step, args)
             loss = opd.LOSSES[args.loss] if step > args.sft_steps else opd.SFT
-            with autocast:
-                metrics = opd.update(student, teacher, rollouts, theirs, loss, optimizer, args, step)
-                for _ in range(args.updates_per_rollout - 1):
-                    opd.update(student, teacher, rollouts, theirs, loss, optimizer, args, step)
+            updates = []
+            for _ in range(args.updates_per_rollout):
+                with autocast:  # left after each: until then it keeps the bfloat16 copies of the weights
+                    updates.append(
+                        opd.update(student, teacher, rollouts, theirs, loss, optimizer, args, step)
+                    )
             if args.teacher_mode == "ema":
                 move_teacher(teacher, student, args.ema_decay)
             elif args.refresh_every and step % args.refresh_every == 0:
@@ -334,7 +357,7 @@ def train(args):
             # Evaluate, record, save.
             stop = all_reduce(torch.tensor(len(signals), device=device)).item() > 0
             last = step == args.steps
-            row = {"step": step, **metrics, **opd.rollout_metrics(rollouts, device), **seconds}
+            row = {"step": step, **updates[0], **opd.rollout_metrics(rollouts, device), **seconds}
             row.update(lr=opd.lr_at(step, args), peak_mem_gb=opd.peak_memory_gb(device))
             row["pi_gap"] = (
                 row["teacher_logp"] - row["student_logp"]

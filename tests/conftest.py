@@ -1,4 +1,4 @@
-"""Tiny ordinary model folders for the tests: a character tokenizer and random Llamas, made in milliseconds."""
+"""Tiny model folders for the tests, ordinary ones: a character tokenizer and random models, made at once."""
 
 import json
 import os
