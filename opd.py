@@ -117,7 +117,7 @@ def check_args(args, world):
     for flag in "temperature loss_temperature".split():
         need(1e-6 <= getattr(args, flag) < math.inf, flag, "must be at least 1e-6 and finite")
     for flag in "lr ratio_clip".split():
-        need(0 < getattr(args, flag) < math.inf, flag, "must be positive and finite")
+        need(0 < getattr(args, flag) < 1e36, flag, "must be positive and finite")
     for flag in "gamma lmbda".split():
         need(0 <= getattr(args, flag) <= 1, flag, "must be between 0 and 1")
     for flag in "beta alpha".split():
@@ -127,7 +127,8 @@ def check_args(args, world):
     choice("loss", LOSSES)
     choice("topk_source", ("student", "teacher", "union", "intersection"))
     choice("lr_schedule", ("constant", "linear", "cosine"))
-    choice("dtype", ("float32", "bfloat16"))
+    choice("dtype", ("float32", "bfloat16", "auto"))
+    need(args.steps < 1_000_000, "steps", "must be less than 1000000")
     need(args.sft_steps <= args.steps, "sft_steps", f"must not exceed --steps {args.steps}, which count them")
     out = Path(args.out).absolute()
     there = next(folder for folder in (out, *out.parents) if folder.exists())
@@ -406,7 +407,7 @@ def project(model, hidden):
 
 @torch.no_grad()
 def check_projection(model, where):
-    """UserError unless project() gives the model's own logits, and they are finite."""
+    """UserError unless project() gives the model's own logits, and these are finite and causal."""
     ids = torch.arange(min(8, model.vocab_in_use), device=model.device)[None]  # [1,8]
     bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
@@ -414,8 +415,12 @@ def check_projection(model, where):
         if own.isnan().any() or own.isposinf().any():
             raise UserError(f"{where}: its logits are not finite: damaged weights; use another copy")
         gap = own - project(model, model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
-    if not gap.abs().max() <= (0.05 if bf16 else 1e-4) * own.abs().max():
-        why = f"the logits of {type(model).__name__} cannot be made from its last hidden states"
+        first = model(input_ids=ids[:, :1], use_cache=False).logits[0, :, : model.vocab_in_use]  # [1,V]
+    tolerance, name = (0.05 if bf16 else 1e-4) * own.abs().max(), type(model).__name__
+    if not (own[:1] - first.float()).abs().max() <= tolerance:
+        raise UserError(f"{where}: {name} looks at later tokens; use a causal language model")
+    if not gap.abs().max() <= tolerance:
+        why = f"the logits of {name} cannot be made from its last hidden states"
         raise UserError(f"{where}: {why}; use another model")
 
 
@@ -811,7 +816,7 @@ def update(student, teacher, rollouts, teacher_prompts, loss, optimizer, args, s
     if not all(map(math.isfinite, (grad_norm, *means.values()))):
         raise UserError(
             f"step {step}: loss {means['loss']:.4g}, gradient norm {grad_norm:.4g}: not finite; stopped "
-            f"before the update, the last checkpoint in --out {args.out} stands; lower --lr {args.lr}"
+            f"before the update; checkpoints in --out {args.out} stand; lower --lr {args.lr}"
         )
     optimizer.step()
     return {**means, "grad_norm": grad_norm, "tokens": total_tokens, **seconds}
@@ -828,7 +833,14 @@ def begin_log(out, last_step):
     """Start metrics.jsonl, or forget its rows after the step to continue from -> the rows that stay."""
     file, aside = out / "metrics.jsonl", out / ".metrics.jsonl.tmp"
     lines = file.read_text().splitlines(keepends=True) if last_step and file.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may have torn the last
+    try:
+        rows = [
+            json.loads(line) for line in lines if line.endswith("\n")
+        ]  # a killed run may have torn the last
+    except ValueError as error:
+        raise UserError(
+            f"--out {out}: metrics.jsonl has a broken line ({error}); remove that line"
+        ) from error
     rows = [row for row in rows if row["step"] <= last_step]
     out.mkdir(parents=True, exist_ok=True)
     aside.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -533,7 +533,8 @@ def test_an_infinite_divergence_is_1e9_times_the_mass():
     p, q = (x.softmax(-1)[0, MASK].sum().item() for x in (A, B))
     assert losses.reverse_kl(A, B.masked_fill(MASK, NEVER)).item() == approx(1e9 * p, rel=1e-5)
     assert losses.forward_kl(A.masked_fill(MASK, NEVER), B).item() == approx(1e9 * q, rel=1e-5)
-    assert losses.k1(torch.tensor(0.0), torch.tensor(NEVER)) == 1e9
+    can, cannot = torch.zeros(1, 1), torch.full((1, 1), NEVER)
+    assert losses.k1(can, cannot) == 1e9 and losses.reverse_kl_advantage(can, cannot) == -1e9
 
 
 @pytest.mark.parametrize("name", TOPK)
@@ -598,7 +599,9 @@ def test_advantage_is_the_discounted_sum_of_later_gaps(gamma, mask):
     if mask is not None:
         mask = torch.tensor(mask)
         log_p = log_p.where(mask.bool(), math.nan)  # what stands at padding is not read
-    close(losses.reverse_kl_advantage(log_p, log_q, mask, gamma), torch.tensor(want))
+    out = losses.reverse_kl_advantage(log_p.double(), log_q.double(), mask, gamma)
+    assert out.dtype == torch.float32
+    close(out, torch.tensor(want))
 
 
 def test_supports_and_advantages_carry_no_gradient():
