@@ -169,7 +169,7 @@ def set_up(args):
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
-    if world > 1 and not dist.is_initialized():
+    if (world > 1 or cuda and "RANK" in os.environ) and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
