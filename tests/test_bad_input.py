@@ -470,9 +470,10 @@ def test_out_that_cannot_be_a_folder(refused, tmp_path, monkeypatch):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write anywhere")
-def test_out_in_a_read_only_folder(refused, tmp_path):
+def test_out_in_a_read_only_folder(refused, tmp_path, monkeypatch):
     (tmp_path / "locked").mkdir(mode=0o500)
+    access = os.access  # root may write anywhere, so it is told here that it may not
+    monkeypatch.setattr(os, "access", lambda path, *how: "locked" not in str(path) and access(path, *how))
     refused("choose another", out=tmp_path / "locked/out")
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -134,6 +135,17 @@ def test_files_and_flags_that_the_readme_names_exist():
     for line in re.findall(r"(?:torchrun|python)[^\n`]*op(?:s?)d\.py([^\n`]*)", ours):
         for flag in re.findall(r"--(\w+)", line.replace("\\\n", "")):
             assert flag in known, flag
+
+
+def test_copied_losses_run_as_the_readme_says():
+    block = README.read_text().split("## Copy a loss")[1].split("```python\n")[1].split("```")[0]
+    pasted = "\n".join(inspect.getsource(f) for f in (losses.sg_topk_reverse_kl, losses.topk_support))
+    logits = torch.randn(2, 3, 30, requires_grad=True)
+    given = {"student_logits": logits, "teacher_logits": torch.randn(2, 3, 30)}
+    names = {**given, "completion_mask": torch.ones(2, 3), "total_completion_tokens": 6}
+    exec(block.replace("# paste", pasted + "\n# paste"), names)
+    names["loss"].backward()
+    assert names["per_token"].shape == (2, 3) and logits.grad.isfinite().all()
 
 
 if __name__ == "__main__":
