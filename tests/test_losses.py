@@ -15,7 +15,6 @@ from pytest import approx
 
 import losses
 
-torch.set_num_threads(2)
 V, K, NEVER = 7, 3, -math.inf
 SOURCES = ["student", "teacher", "union", "intersection"]
 

@@ -14,7 +14,6 @@ import torch
 
 import losses
 
-torch.set_num_threads(2)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
