@@ -619,3 +619,27 @@ def test_a_second_update_on_the_same_rollouts_weighs_by_clipped_ratios(
     assert torch.equal(drawn, drawn_again)
     ratio = (second_logp - drawn_again).exp()
     assert (ratio < 0.9).any() and (ratio > 1.1).any()
+
+
+def test_a_second_update_sees_the_weights_that_the_first_one_left(
+    tiny, tmp_path, policy_gradient_calls, monkeypatch
+):
+    """Autocast keeps its bfloat16 copies of the weights until it is left: the body must not stay behind."""
+    scored, update = [], opd.update
+
+    def recorded(student, teacher, rollouts, *rest):
+        fresh = copy.deepcopy(student)  # of which no copy is kept
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            prompts, completions = [r.prompt for r in rollouts], [r.completion for r in rollouts]
+            logp = opd.project(fresh, opd.completion_hidden(fresh, prompts, completions)).log_softmax(-1)
+        tokens = torch.tensor([y for completion in completions for y in completion])
+        scored.append(logp.gather(-1, tokens[:, None])[:, 0])
+        return update(student, teacher, rollouts, *rest)
+
+    monkeypatch.setattr(opd, "update", recorded)
+    run = dict(micro_batch_size=4, chunk_tokens=1000, updates_per_rollout=2, dtype="bfloat16", steps=1)
+    train_rows(tmp_path, tiny, run, loss="pg", lr=0.02, warmup_steps=0)
+    used = [student_logp for student_logp, *_ in policy_gradient_calls]
+    assert len(scored) == len(used) == 2 and not torch.allclose(scored[0], scored[1], atol=0.1)
+    for mine, theirs in zip(scored, used, strict=True):  # a micro-batch is sorted by length
+        assert torch.allclose(mine.sort().values, theirs.sort().values, atol=1e-3)
