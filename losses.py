@@ -246,8 +246,8 @@ def norm_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None
 def tail_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
     """sum_S p (log p - log q) + p_tail (log p_tail - log q_tail), p_tail = 1 - sum_S p, q_tail = 1 - sum_S q
 
-    value: reverse KL after merging all tokens outside S into one bucket; 0 <= value <= full reverse KL. The
-          teacher's tail is floored at 1.2e-7, the resolution of 1 - sum in float32.
+    value: reverse KL after merging all tokens outside S into one bucket; 0 <= value <= full reverse KL, as
+          long as the teacher's tail is well above 1.2e-7, the resolution of 1 - sum, where it is floored.
     grad: exact for the merged KL, hence zero where student = teacher. It does see mass leave S, not where
           it goes.
     teacher sends: K log-probabilities at the ids it is asked for, normalised over the whole vocabulary
@@ -258,7 +258,7 @@ def tail_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None
     log_p = log_p_all.gather(-1, topk_ids)
     log_q = teacher_topk_logp.float().clamp(min=-1e9).where(valid, -1e9)  # q = 0 at what is not in S
     in_support = torch.zeros_like(log_p_all).scatter_add(-1, topk_ids, valid.float()) > 0
-    # The student's tail from its logits, not as 1 - sum: exact, with a gradient, however small it is.
+    # The student's tail from its logits, not as 1 - sum: exact, with a gradient, down to e^-87.
     log_p_tail = log_p_all.where(~in_support, -1e9).logsumexp(dim=-1).clamp(min=-87.0)
     q_tail = 1 - log_q.exp().sum(dim=-1)
     log_q_tail = q_tail.clamp(min=torch.finfo(torch.float32).eps).log()
@@ -314,7 +314,7 @@ def tail_topk_forward_kl(student_logits, teacher_topk_logp, topk_ids, valid=None
     log_p = log_p_all.gather(-1, topk_ids)
     log_q = teacher_topk_logp.float().clamp(min=-1e9).where(valid, -1e9)  # q = 0 at what is not in S
     in_support = torch.zeros_like(log_p_all).scatter_add(-1, topk_ids, valid.float()) > 0
-    # The student's tail from its logits, not as 1 - sum: exact, with a gradient, however small it is.
+    # The student's tail from its logits, not as 1 - sum: exact, with a gradient, down to e^-87.
     log_p_tail = log_p_all.where(~in_support, -1e9).logsumexp(dim=-1).clamp(min=-87.0)
     q_tail = 1 - log_q.exp().sum(dim=-1)
     log_q_tail = q_tail.clamp(min=torch.finfo(torch.float32).eps).log()

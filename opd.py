@@ -77,7 +77,9 @@ class Args:
     temperature: float = arg(1.0, "of sampling, in training and evaluation")
     top_p: float = arg(1.0, "nucleus sampling; below 1 the sampled losses (k1 k2 k3 pg) are refused")
     lr: float | None = arg(None, "peak learning rate (default: 3e-4 for the toy student, else 2e-6)")
-    lr_schedule: str = arg("constant", "after the warm-up: constant | linear | cosine, to 0 at the last step")
+    lr_schedule: str = arg(
+        "constant", "after the warm-up: constant | linear | cosine, to 0 after the last step"
+    )
     warmup_steps: int = arg(5, "linear warm-up from 0")
     weight_decay: float = arg(0.0, "AdamW's, on all weights")
     max_grad_norm: float = arg(1.0, "gradients of a larger global norm are scaled down to it; inf = never")
@@ -463,7 +465,7 @@ def sample(model, prompts, n, stop_ids, key, prompt_keys, max_new_tokens, temper
     position = (mask.cumsum(dim=1) - 1).clamp(min=0)  # [B,width]
     hidden = body(input_ids=ids, attention_mask=mask, position_ids=position).last_hidden_state  # [B,width,D]
     logits = project(model, hidden[:, -1]).repeat_interleave(n, dim=0)  # [R,V]
-    cache.batch_repeat_interleave(n)
+    cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))
     mask = mask.repeat_interleave(n, dim=0)  # [R,width]
     position = lengths.repeat_interleave(n)[:, None]  # [R,1]
     row_prompt = torch.tensor(prompt_keys).repeat_interleave(n)  # [R], on the CPU as all keys
@@ -486,7 +488,7 @@ def sample(model, prompts, n, stop_ids, key, prompt_keys, max_new_tokens, temper
             break
         if done.any():
             stay = (~done).nonzero()[:, 0].to(device)
-            cache.batch_select_indices(stay)
+            cache.reorder_cache(stay)
             alive, token, mask, position = alive[~done], token[stay], mask[stay], position[stay]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         hidden = body(input_ids=token, attention_mask=mask, position_ids=position).last_hidden_state
