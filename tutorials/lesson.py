@@ -13,15 +13,100 @@ expected.json is a list of claims. Each takes a number from the CSV, or the diff
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import json
+import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+# Dark to light in print, told apart by colour-blind eyes too (Okabe and Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TAKE = {"min": min, "max": max, "mean": statistics.fmean, "median": statistics.median, "only": lambda x: x[0]}
+
+
+# --------------------------------------------------------------------------------------- models and runs
+
+
+def cache():
+    """Folder for what chapters share and need not make twice; with --smoke one that does not outlive it."""
+    return Path(os.environ.get("LESSON_CACHE") or ROOT / ".cache" / "lessons")
+
+
+def kept(name, make):
+    """Path of a model that is made once: make() -> model, saved with toy's tokenizer; see toy.pretrain.
+
+    The name must hold all that the model depends on: style, seed, steps.
+    """
+    import toy
+
+    path = cache() / name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        toy.put_in_place(path, lambda aside: toy.save_model(make(), aside))
+    return str(path)
+
+
+def kept_rows(name, rows):
+    """Path of a .jsonl file with these rows, made once; the name must hold all that the rows depend on."""
+    import toy
+
+    path = cache() / f"{name}.jsonl"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        toy.put_in_place(path, lambda aside: toy.save_rows(rows, aside))
+    return str(path)
+
+
+def toy_model(style, seed, steps=700, stop=None):
+    """Path of a toy model trained on a style of chain, A, M or B; stop: at this accuracy, as a student is.
+
+    toy_model("A", seed, stop=0.45) is opd.py's toy student, toy_model("A", seed + 1_000_000) its teacher.
+    """
+    import toy
+
+    write = toy.styles(**{style: 1})
+    name = f"{style}_{seed}_{steps}" + (f"_{stop}" if stop else "")
+    return kept(name, lambda: toy.pretrain(write, seed, steps, stop))
+
+
+@contextlib.contextmanager
+def distilled(script, **args):
+    """Run opd.train or opsd.train (script: the module) in a folder aside -> rows of metrics, student's folder.
+
+    Nothing is printed; the folder goes when the block ends.
+    """
+    with tempfile.TemporaryDirectory() as aside:
+        args = {"device": "cpu", **args, "out": f"{aside}/run"}
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield script.train(script.Args(**args)), f"{aside}/run/final"
+
+
+def one_thread():
+    """Of a worker process: toy models gain nothing by a second thread, and its results depend on it."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["TQDM_DISABLE"] = "1"
+
+
+def in_parallel(function, jobs, title, workers=2):
+    """[function(*job) for job in jobs], in processes of one thread each; function must be a module's own."""
+    jobs, mode = list(jobs), multiprocessing.get_context("spawn")
+    with mode.Pool(min(workers, len(jobs)), one_thread) as pool:
+        waiting = [pool.apply_async(function, job) for job in jobs]
+        return [result.get() for result in tqdm(waiting, desc=title, unit="run")]
+
+
+# ----------------------------------------------------------------------------------- rows, numbers, claims
 
 
 def write_csv(path, rows):
@@ -93,6 +178,48 @@ def spread(values, digits=2):
     return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
+# ------------------------------------------------------------------------------------------------ figures
+
+
+def panels(title, layout, size=(10, 4)):
+    """A figure with one message, and its panels by name -> (figure, {name: axes})."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplot_mosaic(layout, figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
+    return figure, axes
+
+
+def curve(panel, rows, x, y, colour, label=None, **style):
+    """Mean of y over the rows of equal x, and the band from the least to the greatest (the seeds).
+
+    The label is written at the right end, in the line's colour; rows without a number in y are passed over.
+    """
+    rows = [row for row in rows if isinstance(row[y], (int, float))]
+    xs = sorted({row[x] for row in rows})
+    groups = [[row[y] for row in rows if row[x] == at] for at in xs]
+    means = [statistics.fmean(group) for group in groups]
+    panel.plot(xs, means, color=colour, **style)
+    panel.fill_between(xs, list(map(min, groups)), list(map(max, groups)), color=colour, alpha=0.2, lw=0)
+    if label:
+        at = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "color": colour}
+        panel.annotate(label, (xs[-1], means[-1]), **at)
+
+
+def save(figure, path):
+    import matplotlib.pyplot as plt
+
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------- main
+
+
 def main(file, run, plot, tables):
     """run(smoke) -> rows; plot(rows, path of the PNG); tables(rows) -> {name: lines of Markdown}."""
     parser = argparse.ArgumentParser(usage=f"{Path(file).name} [--smoke | --plot | --check]")
@@ -103,6 +230,7 @@ def main(file, run, plot, tables):
     args, folder, begin = parser.parse_args(), Path(file).resolve().parent, time.perf_counter()
     if args.smoke:
         with tempfile.TemporaryDirectory() as aside:
+            os.environ["LESSON_CACHE"] = f"{aside}/cache"  # worker processes inherit it
             rows = run(smoke=True)
             write_csv(Path(aside) / "metrics.csv", rows)
             rows = read_csv(Path(aside) / "metrics.csv")
