@@ -80,7 +80,7 @@ def toy_model(style, seed, steps=700, stop=None):
 
 @contextlib.contextmanager
 def distilled(script, **args):
-    """Run opd.train or opsd.train (script: the module) in a folder aside -> rows of metrics, student's folder.
+    """Run opd.train or opsd.train (script: the module) in a folder aside -> its metrics, the student's folder.
 
     Nothing is printed; the folder goes when the block ends.
     """
@@ -95,12 +95,12 @@ def one_thread():
     import torch
 
     torch.set_num_threads(1)
-    os.environ["TQDM_DISABLE"] = "1"
 
 
 def in_parallel(function, jobs, title, workers=2):
     """[function(*job) for job in jobs], in processes of one thread each; function must be a module's own."""
     jobs, mode = list(jobs), multiprocessing.get_context("spawn")
+    os.environ["TQDM_DISABLE"] = "1"  # for the workers; this process has read its own by now
     with mode.Pool(min(workers, len(jobs)), one_thread) as pool:
         waiting = [pool.apply_async(function, job) for job in jobs]
         return [result.get() for result in tqdm(waiting, desc=title, unit="run")]
