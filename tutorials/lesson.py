@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
@@ -80,13 +81,13 @@ def toy_model(style, seed, steps=700, stop=None):
 
 @contextlib.contextmanager
 def distilled(script, **args):
-    """Run opd.train or opsd.train (script: the module) in a folder aside -> its metrics, the student's folder.
+    """Run opd.train or opsd.train (script: the module) in a folder aside -> its metrics, its final model.
 
-    Nothing is printed; the folder goes when the block ends.
+    Neither text nor bars appear; the folder goes when the block ends.
     """
     with tempfile.TemporaryDirectory() as aside:
         args = {"device": "cpu", **args, "out": f"{aside}/run"}
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield script.train(script.Args(**args)), f"{aside}/run/final"
 
 
@@ -100,10 +101,9 @@ def one_thread():
 def in_parallel(function, jobs, title, workers=2):
     """[function(*job) for job in jobs], in processes of one thread each; function must be a module's own."""
     jobs, mode = list(jobs), multiprocessing.get_context("spawn")
-    os.environ["TQDM_DISABLE"] = "1"  # for the workers; this process has read its own by now
-    with mode.Pool(min(workers, len(jobs)), one_thread) as pool:
-        waiting = [pool.apply_async(function, job) for job in jobs]
-        return [result.get() for result in tqdm(waiting, desc=title, unit="run")]
+    with ProcessPoolExecutor(min(workers, len(jobs)), mode, one_thread) as pool:
+        waiting = [pool.submit(function, *job) for job in jobs]
+        return [done.result() for done in tqdm(waiting, desc=title, unit="run")]
 
 
 # ----------------------------------------------------------------------------------- rows, numbers, claims
