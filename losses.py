@@ -165,7 +165,7 @@ def entropy_aware_kl(student_logits, teacher_logits, *, tau=1.0, eta=1.0):
     ref: arXiv 2603.07079
     Raises ValueError if tau or eta is negative.
     """
-    if tau < 0 or eta < 0:
+    if not (tau >= 0 and eta >= 0):
         raise ValueError(f"tau and eta must be >= 0, got tau={tau}, eta={eta}")
     log_p = torch.log_softmax(student_logits.float(), dim=-1).clamp(min=-1e9)
     log_q = torch.log_softmax(teacher_logits.float(), dim=-1).clamp(min=-1e9)
@@ -377,12 +377,12 @@ def policy_gradient(student_logp, advantage, behaviour_logp=None, clip=None):
     ref: arXiv 2306.08543, 1707.06347
     Raises ValueError if clip is given without behaviour_logp or is not positive.
     """
-    if clip is not None and (behaviour_logp is None or clip <= 0):
+    if clip is not None and (behaviour_logp is None or not clip > 0):
         raise ValueError(f"clip must be > 0 and comes with behaviour_logp, got clip={clip}")
     student_logp, advantage = student_logp.float().clamp(min=-1e9), advantage.detach().float()
     if behaviour_logp is None:
         return -advantage * student_logp
-    ratio = (student_logp - behaviour_logp.detach().float().clamp(min=-1e9)).clamp(max=80.0).exp()
+    ratio = (student_logp - behaviour_logp.detach().float().clamp(min=-1e9)).clamp(max=60.0).exp()
     if clip is None:
         return -ratio * advantage
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
@@ -438,7 +438,7 @@ def reverse_kl_advantage(student_logp, teacher_logp, mask=None, gamma=0.0):
     reward = (teacher_logp.float().clamp(min=-1e9) - student_logp.float().clamp(min=-1e9)).detach()  # [B,T]
     if mask is not None:
         reward = reward.where(mask.bool(), 0)
-    if gamma == 0:
+    if gamma == 0 or reward.shape[1] == 0:
         return reward
     advantages, later = [], torch.zeros_like(reward[:, 0])
     for t in reversed(range(reward.shape[1])):

@@ -994,7 +994,9 @@ def main(args_class=Args, train=train):
         if unknown:
             refuse(f"{unknown[0]}: no such flag")
         train(args)
-    except UserError as error:
+    except (UserError, UnicodeDecodeError) as error:
+        if isinstance(error, UnicodeDecodeError):  # of a row, at the time that it is read
+            error = f"--data {args.data}: some text is not UTF-8 ({error}); convert the file"
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks check the same things and fail alike
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         else:  # torchrun kills all ranks as soon as one has ended: the one that speaks goes first

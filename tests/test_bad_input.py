@@ -216,6 +216,7 @@ BAD_FILES = {  # name -> text (None: no such file), what the line must say
     "torn.jsonl": (GOOD + '{"prompt": ', "JSON"),
     "torn.json": (f"[{GOOD}", "cannot be read"),
     "torn.parquet": ("not parquet", "Parquet"),
+    "latin_1.jsonl": ('{"prompt": "\xe9"}\n', "some text is not UTF-8"),
 }
 
 
@@ -223,7 +224,7 @@ BAD_FILES = {  # name -> text (None: no such file), what the line must say
 def test_data_file(name, refused, tmp_path):
     text, needed = BAD_FILES[name]
     if text is not None:
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="latin-1")
     refused(needed, data=tmp_path / name)
 
 

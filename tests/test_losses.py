@@ -242,11 +242,17 @@ def test_clipping_stops_the_gradient_where_the_ratio_has_already_moved_too_far(r
     assert z.grad.item() == approx(slope)
 
 
+def test_advantage_of_no_tokens_is_empty():
+    assert losses.reverse_kl_advantage(torch.zeros(2, 0), torch.zeros(2, 0), gamma=0.5).shape == (2, 0)
+
+
 @pytest.mark.parametrize("clip", [(), (0.2,)])
 def test_policy_gradient_is_finite_for_tokens_of_probability_0(clip):
     impossible, A = torch.tensor([NEVER, NEVER, 0.0]), torch.tensor([1.0, -1.0, -1.0])
     z = impossible.clone().requires_grad_()
     stale = losses.policy_gradient(z, A, torch.tensor([NEVER, -1.0, NEVER]), *clip)
+    worst = losses.policy_gradient(z, torch.full((3,), -1e9), torch.full((3,), NEVER), *clip)
+    assert worst.isfinite().all()
     assert stale[0] == -1  # impossible then and now: the ratio is 1
     total = stale + losses.policy_gradient(z, A)
     assert total.isfinite().all() and torch.autograd.grad(total.sum(), z)[0].isfinite().all()
@@ -656,6 +662,7 @@ REFUSED = [
     *[(name, {"alpha": a}) for name in ("skew_forward_kl", "skew_reverse_kl") for a in (-0.1, 0.0, 1.0, 2)],
     *[("adaptive_kl", {"mu": mu}) for mu in (-0.1, 0.0, 1.0, 1.1)],
     *[("entropy_aware_kl", {"tau": -0.5}), ("entropy_aware_kl", {"eta": -0.25})],
+    *[("entropy_aware_kl", {"tau": math.nan}), ("policy_gradient", {"clip": math.nan, "behaviour_logp": X})],
     *[("policy_gradient", {"clip": 0.2}), ("policy_gradient", {"clip": 0.0, "behaviour_logp": X})],
     ("policy_gradient", {"clip": -0.2, "behaviour_logp": X}),
     *[("topk_support", {"k": k, "source": "student"}) for k in (0, -1, V + 1)],
