@@ -50,13 +50,14 @@ def reverse_kl(student_logits, teacher_logits):
 
     value: reverse KL, exact. Mode-seeking: large where the student puts mass that the teacher does not.
     grad: exact: sum_v p grad(log p) (log p - log q); the derivative of the inner log p sums to zero over
-          the whole vocabulary.
+          the whole vocabulary. It is left out, so that rounding cannot turn student = teacher, where it
+          is all there is, into a direction that AdamW would scale up: there the gradient is exactly zero.
     teacher sends: logits [...,V]
     ref: arXiv 2306.08543
     """
     log_p = torch.log_softmax(student_logits.float(), dim=-1).clamp(min=-1e9)
     log_q = torch.log_softmax(teacher_logits.float(), dim=-1).clamp(min=-1e9)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    return (log_p.exp() * (log_p.detach() - log_q)).sum(dim=-1)
 
 
 def jsd(student_logits, teacher_logits, *, beta=0.5):

@@ -373,7 +373,8 @@ def test_only_plain_truncation_moves_a_student_that_equals_its_teacher(name, sou
     value, grad = both(name, s, s, K, source)
     assert value.abs().max() < 1e-6 or name == "policy_gradient"
     if name not in ("topk_reverse_kl", "topk_forward_kl"):
-        assert grad.abs().max() < (1e-6 if name != "sg_topk_reverse_kl" else 1e-30)  # sg: exactly nothing
+        exactly = name in ("reverse_kl", "sg_topk_reverse_kl")  # not a rounding error for AdamW to scale up
+        assert grad.abs().max() <= (0 if exactly else 1e-6)
         return
     p, inside = s.softmax(-1), torch.zeros(6, V).scatter(-1, s.topk(K).indices, 1.0)
     grad_mass = p * (inside - (p * inside).sum(-1, keepdim=True))  # of sum_S p

@@ -675,6 +675,14 @@ def test_without_pi_it_is_opd_with_the_initial_student_as_teacher(options, run, 
     assert not same(final, weights(Path(files["student"])))
 
 
+@pytest.mark.parametrize("loss", ["reverse_kl", "sg_topk"])
+def test_a_teacher_that_knows_no_more_moves_nothing(loss, run, files):
+    """The control is a control: not even rounding, which AdamW would scale up to full steps."""
+    rows = run(pi="none", loss=loss, topk=3, steps=3, lr=1e-2)
+    assert same(weights(run.out / "final"), weights(Path(files["student"])))
+    assert [row["grad_norm"] for row in rows] == [0, 0, 0]
+
+
 # ------------------------------------------------------------------------------------- weights of the teacher
 
 
