@@ -13,6 +13,7 @@ weights it has (frozen, ema, live), and what is measured about both.
 """
 
 import math
+import re
 import string
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -204,10 +205,11 @@ def encode_teacher_prompt(tokenizer, rows, i, args, limit, where):
     prompt, begun = teacher_prompt(tokenizer, rows, i, args, where)
     if not begun:
         ids = opd.encode_prompt(tokenizer, prompt, math.inf, where)
-    elif isinstance(prompt, str):
-        ids = tokenizer(prompt + begun).input_ids
     else:
-        ids = tokenizer(chat_text(tokenizer, prompt) + begun, add_special_tokens=False).input_ids
+        raw = isinstance(prompt, str)
+        start = prompt if raw else chat_text(tokenizer, prompt)
+        start = re.sub(r"<think>\s*</think>\s*$", "", start)  # a template's empty block: ours takes its place
+        ids = tokenizer(start + begun, add_special_tokens=raw).input_ids
     if len(ids) > limit:
         raise UserError(
             f"{where}: the prompt with its PI has {len(ids)} tokens; the model has room for {limit} before "

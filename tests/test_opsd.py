@@ -242,6 +242,14 @@ def test_hidden_think_goes_on_inside_a_block_that_the_template_opens(opening):
     assert bare == "system: Be brief.\nuser: 2+3?\n" + opening
 
 
+def test_hidden_think_takes_the_place_of_an_empty_block():
+    template = CHAT.replace("assistant: ", "assistant: <think>\n\n</think>\n\n")
+    golden = "system: Be brief.\nuser: 2+3?\nassistant: <think>\n2+3 is 5.\n</think>\n\n"
+    assert read_by_teacher(SYSTEM, chat_template=template, pi="hidden_think") == golden
+    rows = [{**RAW[0], "prompt": "Q: 2+3?\n<think></think>"}]
+    assert read_by_teacher(rows, pi="hidden_think") == "Q: 2+3?\n<think>\n2+3 is 5.\n</think>\n\n"
+
+
 def test_hidden_think_of_a_raw_string_that_opens_the_block_itself():
     rows = [{**RAW[0], "prompt": "Q: 2+3?\n<think>\n"}]
     assert read_by_teacher(rows, pi="hidden_think") == "Q: 2+3?\n<think>\n2+3 is 5.\n"

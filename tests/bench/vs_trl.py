@@ -1,0 +1,215 @@
+"""opd.py against TRL's DistillationTrainer: the same step of the same models, interleaved, a process each.
+
+    python tutorials/smollm2.py --out smollm2     # once
+    python tests/bench/vs_trl.py smollm2 --prompts 8 --samples 1 --new_tokens 64 --steps 5
+    python tests/bench/vs_trl.py smollm2 --prompts 16 --samples 4 --new_tokens 64 --steps 3
+    python tests/bench/vs_trl.py smollm2 --prompts 8 --samples 1 --new_tokens 64 --steps 5 --no_end
+
+Full-vocabulary reverse KL, float32, AdamW, temperature 1, every row in one forward pass, no recomputation.
+The two take turns, step by step, so that a slow minute of the machine hits both. Medians after one step of
+warm-up. Lengths differ by chance: what counts is seconds per 1,000 completion tokens; with --no_end no
+completion ends before the limit, and both do exactly the same work. --loss compares another of our losses.
+
+The floor is arithmetic: multiply-adds of the forward and backward passes at the matrix rate that this machine
+reaches now, and for each decoding step all weights once through its memory.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+def wait():
+    """Until the parent says go; the time at which it did."""
+    if not sys.stdin.readline().strip():
+        sys.exit()
+    return time.perf_counter()
+
+
+def report(**row):
+    row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print("ROW " + json.dumps(row), flush=True)
+
+
+def ours(args):
+    import opd
+
+    begin, batch_of, record, sample = [0.0], opd.batch_of, opd.record, opd.sample
+
+    def turn(*a):
+        begin[0] = wait()
+        return batch_of(*a)
+
+    def told(history, row, *a):
+        seconds = time.perf_counter() - begin[0]
+        parts = {name: row[name] for name in ("sample_s", "teacher_s", "student_s")}
+        report(seconds=seconds, tokens=row["tokens"], loss=row["loss"], **parts)
+        record(history, row, *a)
+
+    opd.batch_of, opd.record = turn, told
+    if args.no_end:
+        opd.sample = lambda model, prompts, n, stop_ids, *a: sample(model, prompts, n, [], *a)
+    with tempfile.TemporaryDirectory() as out:
+        rows = args.prompts * args.samples
+        options = {"batch_size": args.prompts, "samples_per_prompt": args.samples, "micro_batch_size": rows}
+        paths = {"student": f"{args.folder}/student", "teacher": f"{args.folder}/teacher"}
+        paths |= {"data": f"{args.folder}/train.jsonl", "out": f"{out}/run"}
+        limits = {"max_new_tokens": args.new_tokens, "max_prompt_tokens": 128, "steps": 10**5}
+        opd.train(opd.Args(**paths, **options, **limits, loss=args.loss, lr=1e-5, warmup_steps=0))
+
+
+def trl(args):
+    import datasets
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(f"{args.folder}/{x}") for x in ("student", "teacher")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(f"{args.folder}/student")
+    data = datasets.load_dataset("json", data_files=f"{args.folder}/train.jsonl", split="train")
+    prompts = [row["prompt"] for row in data for _ in range(args.samples)]
+    seen, begin = {}, [0.0]
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *a, **k):
+            begin[0] = wait()
+
+        def on_step_end(self, *a, **k):
+            report(seconds=time.perf_counter() - begin[0], **seen)
+
+    class Trainer(DistillationTrainer):
+        def _generate_and_score_completions(self, inputs):
+            start = time.perf_counter()
+            batch = super()._generate_and_score_completions(inputs)
+            seen.update(tokens=batch["completion_mask"].sum().item(), sample_s=time.perf_counter() - start)
+            return batch
+
+    with tempfile.TemporaryDirectory() as out:
+        config = DistillationConfig(
+            output_dir=out, beta=1.0, temperature=1.0, max_completion_length=args.new_tokens, learning_rate=1e-5,
+            per_device_train_batch_size=args.prompts * args.samples, gradient_accumulation_steps=1, max_steps=10**5,
+            use_cpu=True, bf16=False, gradient_checkpointing=False, lr_scheduler_type="constant", warmup_steps=0,
+            weight_decay=0.0, adam_beta2=0.98, max_grad_norm=1.0, shuffle_dataset=False, save_strategy="no",
+            report_to=[], logging_strategy="no", top_p=1.0, top_k=0, disable_tqdm=True,
+            generation_kwargs={"min_new_tokens": args.new_tokens} if args.no_end else None,
+        )  # fmt: skip
+        data = datasets.Dataset.from_dict({"prompt": prompts})
+        Trainer(
+            model=student, teacher_model=teacher, args=config, train_dataset=data, processing_class=tokenizer,
+            callbacks=[Turns()],
+        ).train()  # fmt: skip
+
+
+class Side:
+    """A process that takes a step when told to."""
+
+    def __init__(self, name):
+        command = [sys.executable, __file__, *sys.argv[1:], "--side", name]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.name, self.process = name, subprocess.Popen(command, text=True, **pipes)
+
+    def step(self):
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("ROW "):
+                return json.loads(line[4:])
+        sys.exit(f"{self.name} ended early: run it alone with --side {self.name} to see why")
+
+
+def floor(args, tokens, prompt_tokens):
+    """Seconds that the arithmetic of a step takes at this machine's measured rates."""
+    import torch
+    from transformers import AutoConfig
+
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    spent = []
+    for _ in range(9):
+        start = time.perf_counter()
+        a @ b
+        spent.append(time.perf_counter() - start)
+    rate = 2048**3 / statistics.median(spent)  # multiply-adds a second
+    x = torch.empty(2**27)  # 0.5 GB
+    spent = []
+    for _ in range(5):
+        start = time.perf_counter()
+        x.sum()
+        spent.append(time.perf_counter() - start)
+    bandwidth = x.numel() * 4 / statistics.median(spent)
+    sizes = []
+    for name in ("student", "teacher"):
+        c = AutoConfig.from_pretrained(f"{args.folder}/{name}")
+        heads = c.num_attention_heads + 2 * c.num_key_value_heads
+        layer = c.hidden_size * (heads * c.hidden_size // c.num_attention_heads + c.hidden_size)
+        layer += 3 * c.hidden_size * c.intermediate_size
+        sizes.append((layer * c.num_hidden_layers, c.vocab_size * c.hidden_size))
+    (body, head), (teacher_body, teacher_head) = sizes
+    read = tokens + prompt_tokens  # tokens that a scoring pass reads, no padding
+    return {
+        "rate_gmadds": rate / 1e9,
+        "bandwidth_gb": bandwidth / 1e9,
+        "sample_s": max((body + head) * 4 * args.new_tokens / bandwidth, ((body + head) * tokens) / rate),
+        "teacher_s": (teacher_body * read + teacher_head * tokens) / rate,
+        "student_s": 3 * (body * read + head * tokens) / rate,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="what tutorials/smollm2.py built")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--samples", type=int, default=1)
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--no_end", action="store_true", help="no completion ends before --new_tokens")
+    parser.add_argument("--loss", default="reverse_kl", help="of ours")
+    parser.add_argument("--alone", action="store_true", help="ours only")
+    parser.add_argument("--side", choices=["ours", "trl"], help="what a child process is told")
+    args = parser.parse_args()
+    if args.side:
+        return {"ours": ours, "trl": trl}[args.side](args)
+    names = ["ours"] if args.alone else ["ours", "trl"]
+    sides = [Side(name) for name in names]
+    rows = {name: [] for name in names}
+    for step in range(args.steps + 1):
+        for side in sides:
+            row = side.step()
+            print(step, side.name, {k: round(v, 3) for k, v in row.items()}, flush=True)
+            rows[side.name] += [row] * (step > 0)
+    for side in sides:
+        side.process.kill()
+    print(
+        f"\n{args.prompts} prompts x {args.samples} x {args.new_tokens} tokens, medians of {args.steps} steps"
+    )
+    print("| | s / 1,000 tokens | tokens a step | s a step | sampling | teacher | student | peak GB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in names:
+        mid = {k: statistics.median(r[k] for r in rows[name]) for k in rows[name][0]}
+        per_token = statistics.median(1000 * r["seconds"] / r["tokens"] for r in rows[name])
+        rest = [
+            f"{mid[k]:.1f}" if k in mid else "" for k in ("seconds", "sample_s", "teacher_s", "student_s")
+        ]
+        print(
+            f"| {name} | {per_token:.1f} | {mid['tokens']:.0f} | {' | '.join(rest)} | {mid['peak_gb']:.1f} |"
+        )
+    tokens = statistics.median(r["tokens"] for r in rows["ours"])
+    low = floor(args, tokens, args.prompts * args.samples * 60)  # 60: the prompts' mean length, with template
+    parts = [f"{low[k]:.1f}" for k in ("sample_s", "teacher_s", "student_s")]
+    print(f"| floor | | {tokens:.0f} | {sum(map(float, parts)):.1f} | {' | '.join(parts)} | |")
+    print(f"floor: {low['rate_gmadds']:.0f} G multiply-adds/s, {low['bandwidth_gb']:.0f} GB/s")
+
+
+if __name__ == "__main__":
+    main()
