@@ -692,19 +692,35 @@ def evaluate(student, teacher, tokenizer, prompts, teacher_prompts, answers, sto
 # ------------------------------------------------------------------------------------------------- save, load
 
 
+@contextlib.contextmanager
+def writing(out):
+    """UserError if something in --out cannot be written: a full disk, a quota, lost rights."""
+    try:
+        yield
+    except Exception as error:  # OSError, and what torch and safetensors make of it
+        raise UserError(
+            f"--out {out}: cannot be written ({str(error).splitlines()[0]}); what was saved before stands: "
+            "make room, then continue with --resume"
+        ) from error
+
+
 def save_model(folder, model, tokenizer, **state):
     """A Hugging Face folder, and trainer.pt if there is a state; whole or not at all."""
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    if state:
-        torch.save(state, aside / "trainer.pt")
-    for file in aside.iterdir():  # the bytes are on the disk before the name is
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+    try:
+        with writing(folder.parent):
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            if state:
+                torch.save(state, aside / "trainer.pt")
+            for file in aside.iterdir():  # the bytes are on the disk before the name is
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def save_checkpoint(out, step, student, tokenizer, optimizer, args, rank, **extra):
@@ -844,9 +860,10 @@ def begin_log(out, last_step):
             f"--out {out}: metrics.jsonl has a broken line ({error}); remove that line"
         ) from error
     rows = [row for row in rows if row["step"] <= last_step]
-    out.mkdir(parents=True, exist_ok=True)
-    aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(aside, file)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        os.replace(aside, file)
     return rows
 
 
@@ -854,7 +871,7 @@ def record(history, row, out, rank):
     """Add a row to the history of every rank, and to metrics.jsonl."""
     history.append(row)
     if rank == 0:
-        with open(out / "metrics.jsonl", "a") as file:
+        with writing(out), open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
 
 

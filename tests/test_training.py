@@ -4,6 +4,7 @@ data, and that a run that was cut anywhere ends bit for bit where the uncut one 
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -580,6 +581,27 @@ def test_what_a_dying_save_leaves_is_no_checkpoint(tiny, unfinished, tmp_path, m
     train_rows(tmp_path / "run", tiny, steps=6, save_every=1, keep=3, resume=True)
     assert_same_run(unfinished / "whole", tmp_path / "run", 6)
     assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("kilobytes", [1, 60, 150], ids=["config", "weights", "optimizer"])
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(tiny, tmp_path, kilobytes):
+    """A quota on the size of a file stands for the disk: writing fails in the middle, as it does there."""
+    whole = train_rows(tmp_path / "whole", tiny, steps=4, save_every=2)
+    train_rows(tmp_path / "run", tiny, steps=2, save_every=2)
+    sizes = [f.stat().st_size for f in (tmp_path / "run" / "step_000002").iterdir()]
+    assert min(sizes) < kilobytes * 1024 < max(sizes)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1024, hard))
+        with pytest.raises(
+            opd.UserError, match="cannot be written .*; what was saved before stands: make room"
+        ):
+            train_rows(tmp_path / "run", tiny, steps=4, save_every=2, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list((tmp_path / "run").glob(".step*")), "what was half written still takes up room"
+    train_rows(tmp_path / "run", tiny, steps=4, save_every=2, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run", len(whole))
 
 
 @pytest.mark.parametrize(
