@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,48 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(tiny, tmp_path, 
     with pytest.raises(opd.UserError, match="--batch_size 4: must be a multiple of the 3 ranks"):
         train_rows(tmp_path / "out", tiny)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def two_ranks(tiny, tmp_path):
+    """A torchrun of two ranks in a process group of its own, three steps into a long run -> process, folder."""
+    run = {**SMALL, **{name: tiny[name] for name in ("student", "teacher", "data")}}
+    run.update(
+        steps=100_000, max_new_tokens=200, batch_size=8, out=tmp_path / "out"
+    )  # no step is over at once
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([*command, str(ROOT / "opd.py"), *flags(**run)], **pipes)
+    log, deadline = tmp_path / "out" / "metrics.jsonl", time.time() + 120
+    try:
+        while not (log.exists() and log.read_text().count("\n") >= 3):
+            assert process.poll() is None and time.time() < deadline, process.communicate()
+            time.sleep(0.05)
+        yield process, tmp_path / "out"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_lets_both_ranks_finish_the_step_and_save(two_ranks, number):
+    """As Ctrl-C in a terminal, to the whole group; the ranks, in groups of their own, get it from torchrun."""
+    process, out = two_ranks
+    os.killpg(process.pid, number)
+    output, errors = process.communicate(timeout=60)
+    assert output.count("and saved: continue with --resume") == 1, errors
+    last = rows(out)[-1]["step"]
+    assert [folder.name for folder in opd.checkpoints(out)] == [f"step_{last:06d}"]
+    state = torch.load(out / f"step_{last:06d}" / "trainer.pt", weights_only=True)
+    opd.train(opd.Args(**{**state["args"], "steps": last + 1, "resume": True}))
+    assert [row["step"] for row in rows(out)] == list(range(1, last + 2))
+
+
+def test_a_rank_that_is_killed_ends_the_job(two_ranks):
+    process, out = two_ranks
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = [pid for pid in children if "opd.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)  # not a hang
+    assert process.returncode != 0 and "SIGKILL" in errors
