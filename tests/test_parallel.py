@@ -106,7 +106,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(tiny, tmp_path, 
 
 @pytest.fixture
 def two_ranks(tiny, tmp_path):
-    """A torchrun of two ranks in a process group of its own, three steps into a long run -> process, folder."""
+    """A torchrun of two ranks in its own process group, three steps into a long run -> process, folder."""
     run = {**SMALL, **{name: tiny[name] for name in ("student", "teacher", "data")}}
     run.update(
         steps=100_000, max_new_tokens=200, batch_size=8, out=tmp_path / "out"
@@ -128,7 +128,7 @@ def two_ranks(tiny, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_torchrun_lets_both_ranks_finish_the_step_and_save(two_ranks, number):
-    """As Ctrl-C in a terminal, to the whole group; the ranks, in groups of their own, get it from torchrun."""
+    """As Ctrl-C in a terminal, to the group; the ranks, in groups of their own, get it from torchrun."""
     process, out = two_ranks
     os.killpg(process.pid, number)
     output, errors = process.communicate(timeout=60)

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, in saving too; then --resume. The end must be the undisturbed run's, bit for bit.
+"""SIGKILL at random moments, in saving too; then --resume: the end is the undisturbed run's, bit for bit.
 
     python tests/bench/kill.py --kills 20 --seed 0      # a few minutes
 
@@ -47,7 +47,9 @@ def end(child):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -96,9 +96,10 @@ def trl(args):
 
     with tempfile.TemporaryDirectory() as out:
         config = DistillationConfig(
-            output_dir=out, beta=1.0, temperature=1.0, max_completion_length=args.new_tokens, learning_rate=1e-5,
-            per_device_train_batch_size=args.prompts * args.samples, gradient_accumulation_steps=1, max_steps=10**5,
-            use_cpu=True, bf16=False, gradient_checkpointing=False, lr_scheduler_type="constant", warmup_steps=0,
+            output_dir=out, beta=1.0, temperature=1.0, max_completion_length=args.new_tokens,
+            per_device_train_batch_size=args.prompts * args.samples, gradient_accumulation_steps=1,
+            use_cpu=True, bf16=False, gradient_checkpointing=False, learning_rate=1e-5, max_steps=10**5,
+            lr_scheduler_type="constant", warmup_steps=0,
             weight_decay=0.0, adam_beta2=0.98, max_grad_norm=1.0, shuffle_dataset=False, save_strategy="no",
             report_to=[], logging_strategy="no", top_p=1.0, top_k=0, disable_tqdm=True,
             generation_kwargs={"min_new_tokens": args.new_tokens} if args.no_end else None,

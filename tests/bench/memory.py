@@ -1,0 +1,76 @@
+"""Peak memory of the loss alone, against tokens T and vocabulary V: in chunks, and all at once.
+
+    python tests/bench/memory.py
+
+Each measurement is a process of its own: hidden states [T,256] of two models, a projection to V, the loss,
+backward down to the hidden states, as distill() does it. What is printed is the most memory beyond that of
+hidden states and weights. In chunks of 512 tokens it does not grow with T; all at once it grows with T x V.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+TOKENS, VOCABULARIES, LOSSES = (512, 2048, 8192), (32_000, 152_000), ("reverse_kl", "sg_topk", "pg")
+CHUNK, WIDTH = 512, 256
+
+
+def peak_gb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def measure(tokens, vocabulary, loss, chunk):
+    import torch
+
+    import opd
+
+    args = opd.Args(loss=loss, topk_source="student", chunk_tokens=chunk)
+    hidden, teacher_hidden = (torch.randn(tokens, WIDTH) for _ in range(2))
+    weight, teacher_weight = (torch.randn(vocabulary, WIDTH) for _ in range(2))
+    weight.requires_grad_(True)
+    weight.grad, y = torch.zeros_like(weight), torch.randint(vocabulary, (tokens,))
+    none, before = torch.zeros(chunk), peak_gb()
+    for i in range(0, tokens, chunk):
+        leaf, part = hidden[i : i + chunk].requires_grad_(True), slice(i, i + chunk)
+        teacher_logits = teacher_hidden[part] @ teacher_weight.T
+        n = len(teacher_logits)
+        inputs = (leaf @ weight.T, teacher_logits, y[part], none[:n], none[:n])
+        opd.token_loss(opd.LOSSES[loss], *inputs, args).sum().backward()
+        del inputs, teacher_logits
+    print(f"{peak_gb() - before:.3f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--one", nargs=4, help="tokens, vocabulary, loss, chunk: what a child process is told"
+    )
+    parser.add_argument("--limit", type=float, default=16, help="GB: what would need more is not tried")
+    args = parser.parse_args()
+    if args.one:
+        tokens, vocabulary, loss, chunk = args.one
+        return measure(int(tokens), int(vocabulary), loss, int(chunk))
+
+    def gb(tokens, vocabulary, loss, chunk):
+        if min(tokens, chunk) * vocabulary * 4 * 8 / 1e9 > args.limit:  # eight tensors [n,V], at a guess
+            return "not tried"
+        command = [sys.executable, __file__, "--one", str(tokens), str(vocabulary), loss, str(chunk)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    print(f"GB beyond hidden states and weights; chunks of {CHUNK} tokens | all tokens at once")
+    print("| loss | V | " + " | ".join(f"T = {tokens}" for tokens in TOKENS) + " |")
+    print("|---" * (2 + len(TOKENS)) + "|")
+    for loss in LOSSES:
+        for vocabulary in VOCABULARIES:
+            cells = [f"{gb(t, vocabulary, loss, CHUNK)} / {gb(t, vocabulary, loss, t)}" for t in TOKENS]
+            print(f"| `{loss}` | {vocabulary:,} | " + " | ".join(cells) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

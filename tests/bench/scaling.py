@@ -1,0 +1,126 @@
+"""One rank and two on this machine, the same global batch: seconds a step, and the share spent in all-reduce.
+
+    python tests/bench/scaling.py smollm2               # what tutorials/smollm2.py built
+
+Then an estimate on paper of what a GPU of one 8-GPU node holds for a student of 1.7 B and a teacher of 8 B
+parameters. It is arithmetic, not a measurement.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+
+def rank():
+    """opd.py with a clock around every all-reduce; a line a step on rank 0."""
+    import opd
+
+    spent, begin, all_reduce, batch_of, record = [0.0], [0.0], opd.all_reduce, opd.batch_of, opd.record
+
+    def timed(tensor):
+        start = time.perf_counter()
+        result = all_reduce(tensor)
+        spent[0] += time.perf_counter() - start
+        return result
+
+    def started(*inputs):
+        begin[0], spent[0] = time.perf_counter(), 0.0
+        return batch_of(*inputs)
+
+    def told(history, row, out, rank):
+        record(history, row, out, rank)
+        if rank == 0:
+            total = time.perf_counter() - begin[0]
+            print("ROW " + json.dumps({"s": total, "all_reduce_s": spent[0], "tokens": row["tokens"]}))
+
+    opd.all_reduce, opd.batch_of, opd.record = timed, started, told
+    opd.main()
+
+
+def measure(args, ranks):
+    with tempfile.TemporaryDirectory() as out:
+        flags = {
+            "student": f"{args.folder}/student",
+            "teacher": f"{args.folder}/teacher",
+            "loss": "reverse_kl",
+        }
+        flags |= {
+            "data": f"{args.folder}/train.jsonl",
+            "out": f"{out}/run",
+            "steps": args.steps + 1,
+            "lr": 1e-5,
+        }
+        flags |= {
+            "batch_size": args.batch_size,
+            "micro_batch_size": args.batch_size,
+            "max_prompt_tokens": 128,
+        }
+        flags |= {"max_new_tokens": args.new_tokens, "device": "cpu"}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(ranks),
+        ]
+        environment = {
+            **os.environ,
+            "SCALING_RANK": "1",
+            "OMP_NUM_THREADS": str(max(1, os.cpu_count() // ranks)),
+        }
+        done = subprocess.run([*command, __file__, *words], env=environment, capture_output=True, text=True)
+    rows = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")][1:]
+    if done.returncode or not rows:
+        sys.exit(done.stderr[-2000:])
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def estimate(student, teacher):
+    """GB per GPU by part, from parameters in billions."""
+    return {
+        "student's weights, float32": 4 * student,
+        "gradients, float32": 4 * student,
+        "AdamW, two moments, float32": 8 * student,
+        "bfloat16 copies within a forward": 2 * student,
+        "teacher, bfloat16": 2 * teacher,
+        "activations with --gradient_checkpointing, 4 rows x 5,120 tokens": 4 * 5120 * 2048 * 28 * 2 / 1e9,
+        "KV cache of sampling, 8 rows x 5,120 tokens": 8 * 5120 * 28 * 2 * 8 * 128 * 2 / 1e9,
+        "a chunk's logits, 512 x 152k, eight float32 tensors": 512 * 152_000 * 4 * 8 / 1e9,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--new_tokens", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=5)
+    args = parser.parse_args()
+    print("| ranks | s a step | in all-reduce | share |\n|---|---|---|---|")
+    for ranks in (1, 2):
+        row = measure(args, ranks)
+        print(
+            f"| {ranks} | {row['s']:.1f} | {row['all_reduce_s']:.2f} | {row['all_reduce_s'] / row['s']:.0%} |"
+        )
+    print("\nOn paper, GB a GPU, student 1.7 B (28 layers, width 2,048, 8 KV heads of 128), teacher 8 B:")
+    parts = estimate(1.7, 8.2)
+    for name, size in parts.items():
+        print(f"| {name} | {size:.1f} |")
+    print(f"| sum | {sum(parts.values()):.0f} |")
+
+
+if __name__ == "__main__":
+    rank() if os.environ.get("SCALING_RANK") else main()
