@@ -142,6 +142,7 @@ def take(rows, expression):
     how, column = head.split()
     where = dict(condition.split("=") for condition in conditions.split())
     found = [row[column] for row in rows if all(str(row[k]) in (v, f"{v}.0") for k, v in where.items())]
+    found = [value for value in found if value != ""]  # rows of another kind leave a column empty
     if not found or (how == "only" and len(found) > 1):
         raise ValueError(f"{expression!r}: {len(found)} rows")
     return TAKE[how](found)
