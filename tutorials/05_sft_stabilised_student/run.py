@@ -130,7 +130,7 @@ def tables(rows):
         logp = lesson.spread(at(rows, "teacher_logp", amount, amount + 1), 1) if amount < most else ""
         steps = min(STEPS, max(row["step"] for row in rows))
         cells = [
-            at(rows, "accuracy", most, amount),
+            at(rows, "accuracy", most, amount if amount < most else None),
             at(rows, "accuracy", amount, steps),
             at(rows, "accuracy", amount),
         ]

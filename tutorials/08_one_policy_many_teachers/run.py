@@ -201,16 +201,21 @@ def tables(rows):
         for s in sorted({row["seed"] for row in rows})
     ]
     links = [
-        [f"{m:g}", "drawn" if a == "reverse" else a, *cells(a, m, "reverse_floor", "reverse", "right")]
+        [
+            f"{m:g}",
+            "drawn" if a == "reverse" else a,
+            *cells(a, m, "reverse_floor", "reverse", "run_reverse_kl", "right"),
+        ]
         for m, a in of("reverse", *LINKS)
     ]
     log = [[f"{m:g}", *cells(a, m, "reverse_floor", "run_reverse_kl")] for m, a in of("reverse")]
+    late = "`reverse_kl` of the last 20 steps"
     return {
         "residual": table("m | KL | floor | student | distance to its mean | to the other mean", residual),
         "coherent": table("m | arm | both digits by one rule | by the told rule", coherent),
         "seeds": table("seed | teacher copies a wrong first digit | before | reverse | forward", seeds),
-        "links": table("m | rule | floor | residual (reverse KL) | both digits by the told rule", links),
-        "log": table("m | floor, first digit | `reverse_kl` in metrics.jsonl, last 20 steps", log),
+        "links": table(f"m | rule | floor | residual, new prompts | {late} | right, told rule", links),
+        "log": table(f"m | floor, first digit | {late}", log),
     }
 
 
