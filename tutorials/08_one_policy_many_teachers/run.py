@@ -157,8 +157,8 @@ def plot(rows, path):
     residual.annotate("shared rule (chapter 7)", (1.06, -0.07), color="0.4", fontsize=9)
     residual.set_ylim(-0.15, 2.5)
     labels = {
-        "reverse": "\nreverse",
-        "forward": "forward\n",
+        "reverse": "reverse\n",
+        "forward": "\nforward",
         "off_policy": "\n\nforward on the\nteacher's text",
     }
     for i, (name, label) in enumerate(labels.items()):
