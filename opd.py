@@ -698,9 +698,10 @@ def writing(out):
     try:
         yield
     except Exception as error:  # OSError, and what torch and safetensors make of it
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(
-            f"--out {out}: cannot be written ({str(error).splitlines()[0]}); what was saved before stands: "
-            "make room, then continue with --resume"
+            f"--out {out}: cannot be written ({reason}); what was saved before stands: make room, then "
+            "continue with --resume"
         ) from error
 
 
@@ -1013,7 +1014,8 @@ def main(args_class=Args, train=train):
         train(args)
     except (UserError, UnicodeDecodeError) as error:
         if isinstance(error, UnicodeDecodeError):  # of a row, at the time that it is read
-            error = f"--data {args.data}: some text is not UTF-8 ({error}); convert the file"
+            files = f"--data {args.data}, --eval_data {args.eval_data}"
+            error = f"{files}: some text is not UTF-8 ({error}); convert the file"
         if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks check the same things and fail alike
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         else:  # torchrun kills all ranks as soon as one has ended: the one that speaks goes first

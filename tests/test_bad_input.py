@@ -281,6 +281,9 @@ def test_eval_data(refused, tmp_path):
     refused("no column 'answer'", eval_data=write_rows(tmp_path / "a.jsonl", [{"prompt": "^1+1="}]))
     empty = write_rows(tmp_path / "b.jsonl", [{"prompt": "", "answer": "2"}])
     refused("row 0: the prompt is empty; remove the row", eval_data=empty)
+    latin = tmp_path / "latin_1.jsonl"
+    latin.write_text('{"prompt": "\xe9", "answer": ""}\n', encoding="latin-1")
+    refused(f"--eval_data {latin}: some text is not UTF-8", eval_data=latin)
 
 
 def test_zero_is_an_answer_and_null_is_none(call, tmp_path):

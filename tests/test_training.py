@@ -583,6 +583,14 @@ def test_what_a_dying_save_leaves_is_no_checkpoint(tiny, unfinished, tmp_path, m
     assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
+@pytest.mark.parametrize("error", [OSError(), RuntimeError("no\nroom")])
+def test_what_cannot_be_written_is_one_line(tmp_path, error):
+    with pytest.raises(opd.UserError) as refused, opd.writing(tmp_path):
+        raise error
+    assert f"--out {tmp_path}: cannot be written ({'no' if str(error) else 'OSError'});" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.parametrize("kilobytes", [1, 60, 150], ids=["config", "weights", "optimizer"])
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(tiny, tmp_path, kilobytes):
     """A quota on the size of a file stands for the disk: writing fails in the middle, as it does there."""
