@@ -591,6 +591,16 @@ def test_what_cannot_be_written_is_one_line(tmp_path, error):
     assert "\n" not in str(refused.value)
 
 
+def test_a_disk_with_no_room_for_a_row_of_metrics_is_one_line(tiny, tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # bytes
+        with pytest.raises(opd.UserError, match="cannot be written"):
+            train_rows(tmp_path / "run", tiny, steps=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.parametrize("kilobytes", [1, 60, 150], ids=["config", "weights", "optimizer"])
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays_whole(tiny, tmp_path, kilobytes):
     """A quota on the size of a file stands for the disk: writing fails in the middle, as it does there."""
