@@ -591,12 +591,12 @@ def test_what_cannot_be_written_is_one_line(tmp_path, error):
     assert "\n" not in str(refused.value)
 
 
-def test_a_disk_with_no_room_for_a_row_of_metrics_is_one_line(tiny, tmp_path):
+def test_a_disk_with_no_room_for_a_row_of_metrics_is_one_line(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # bytes
         with pytest.raises(opd.UserError, match="cannot be written"):
-            train_rows(tmp_path / "run", tiny, steps=1)
+            opd.record([], {"step": 1, "loss": "9" * 200}, tmp_path, 0)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
