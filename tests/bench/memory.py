@@ -1,6 +1,6 @@
 """Peak memory of the loss alone, against tokens T and vocabulary V: in chunks, and all at once.
 
-    python tests/bench/memory.py
+    python tests/bench/memory.py --plot memory.png
 
 Each measurement is a process of its own: hidden states [T,256] of two models, a projection to V, the loss,
 backward down to the hidden states, as distill() does it. What is printed is the most memory beyond that of
@@ -44,14 +44,32 @@ def measure(tokens, vocabulary, loss, chunk):
     print(f"{peak_gb() - before:.3f}")
 
 
+def draw(rows, file):
+    """A panel per vocabulary: GB against T, in chunks as a full line, all at once as a dashed one."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(VOCABULARIES), figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axis, vocabulary in zip(axes, VOCABULARIES, strict=True):
+        for loss, colour in zip(LOSSES, ("#0072B2", "#D55E00", "#009E73"), strict=True):
+            for chunked, style in ((True, "-o"), (False, "--x")):
+                found = [r for r in rows if r[:3] == (loss, vocabulary, chunked) and r[4] is not None]
+                name = f"{loss}, {f'chunks of {CHUNK}' if chunked else 'all at once'}"
+                axis.plot([r[3] for r in found], [r[4] for r in found], style, color=colour, label=name)
+        axis.set(title=f"V = {vocabulary:,}", xlabel="completion tokens T", xscale="log", yscale="log")
+        axis.set_xticks(TOKENS, map(str, TOKENS), minor=False)
+        axis.minorticks_off()
+    axes[0].set_ylabel("GB, beyond states and weights")
+    axes[0].legend(fontsize=7, frameon=False)
+    figure.savefig(file, dpi=150)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--one", nargs=4, help="tokens, vocabulary, loss, chunk: what a child process is told"
-    )
+    parser.add_argument("--one", nargs=4, help="tokens, vocabulary, loss, chunk: for a child process")
     parser.add_argument("--limit", type=float, default=16, help="GB: what would need more is not tried")
+    parser.add_argument("--plot", help="file for the figure")
     args = parser.parse_args()
     if args.one:
         tokens, vocabulary, loss, chunk = args.one
@@ -59,17 +77,24 @@ def main():
 
     def gb(tokens, vocabulary, loss, chunk):
         if min(tokens, chunk) * vocabulary * 4 * 8 / 1e9 > args.limit:  # eight tensors [n,V], at a guess
-            return "not tried"
+            return None
         command = [sys.executable, __file__, "--one", str(tokens), str(vocabulary), loss, str(chunk)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
+    rows = []
     print(f"GB beyond hidden states and weights; chunks of {CHUNK} tokens | all tokens at once")
-    print("| loss | V | " + " | ".join(f"T = {tokens}" for tokens in TOKENS) + " |")
+    print("| loss | V | " + " | ".join(f"T = {tokens:,}" for tokens in TOKENS) + " |")
     print("|---" * (2 + len(TOKENS)) + "|")
     for loss in LOSSES:
         for vocabulary in VOCABULARIES:
-            cells = [f"{gb(t, vocabulary, loss, CHUNK)} / {gb(t, vocabulary, loss, t)}" for t in TOKENS]
+            cells = []
+            for tokens in TOKENS:
+                found = [gb(tokens, vocabulary, loss, chunk) for chunk in (CHUNK, tokens)]
+                rows += [(loss, vocabulary, i == 0, tokens, x) for i, x in enumerate(found)]
+                cells.append(" / ".join("not tried" if x is None else f"{x:.2f}" for x in found))
             print(f"| `{loss}` | {vocabulary:,} | " + " | ".join(cells) + " |", flush=True)
+    if args.plot:
+        draw(rows, args.plot)
 
 
 if __name__ == "__main__":

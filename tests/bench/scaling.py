@@ -48,38 +48,16 @@ def rank():
 
 def measure(args, ranks):
     with tempfile.TemporaryDirectory() as out:
-        flags = {
-            "student": f"{args.folder}/student",
-            "teacher": f"{args.folder}/teacher",
-            "loss": "reverse_kl",
-        }
-        flags |= {
-            "data": f"{args.folder}/train.jsonl",
-            "out": f"{out}/run",
-            "steps": args.steps + 1,
-            "lr": 1e-5,
-        }
-        flags |= {
-            "batch_size": args.batch_size,
-            "micro_batch_size": args.batch_size,
-            "max_prompt_tokens": 128,
-        }
-        flags |= {"max_new_tokens": args.new_tokens, "device": "cpu"}
+        flags = {name: f"{args.folder}/{name}" for name in ("student", "teacher")}
+        flags |= {"data": f"{args.folder}/train.jsonl", "out": f"{out}/run", "loss": "reverse_kl", "lr": 1e-5}
+        flags |= {"batch_size": args.batch_size, "micro_batch_size": args.batch_size, "steps": args.steps + 1}
+        flags |= {"max_prompt_tokens": 128, "max_new_tokens": args.new_tokens, "device": "cpu"}
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(ranks),
-        ]
-        environment = {
-            **os.environ,
-            "SCALING_RANK": "1",
-            "OMP_NUM_THREADS": str(max(1, os.cpu_count() // ranks)),
-        }
-        done = subprocess.run([*command, __file__, *words], env=environment, capture_output=True, text=True)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+        threads = str(max(1, os.cpu_count() // ranks))
+        environment = {**os.environ, "SCALING_RANK": "1", "OMP_NUM_THREADS": threads}
+        command = [*launch, str(ranks), __file__, *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
     rows = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")][1:]
     if done.returncode or not rows:
         sys.exit(done.stderr[-2000:])

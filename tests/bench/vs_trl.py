@@ -2,8 +2,9 @@
 
     python tutorials/smollm2.py --out smollm2     # once
     python tests/bench/vs_trl.py smollm2 --prompts 8 --samples 1 --new_tokens 64 --steps 5
-    python tests/bench/vs_trl.py smollm2 --prompts 16 --samples 4 --new_tokens 64 --steps 3
     python tests/bench/vs_trl.py smollm2 --prompts 8 --samples 1 --new_tokens 64 --steps 5 --no_end
+    python tests/bench/vs_trl.py smollm2 --prompts 16 --samples 1 --new_tokens 256 --steps 5     # ragged
+    python tests/bench/vs_trl.py smollm2 --prompts 16 --samples 4 --new_tokens 64 --steps 5 --apart  # 22 GB
 
 Full-vocabulary reverse KL, float32, AdamW, temperature 1, every row in one forward pass, no recomputation.
 The two take turns, step by step, so that a slow minute of the machine hits both. Medians after one step of
@@ -11,7 +12,8 @@ warm-up. Lengths differ by chance: what counts is seconds per 1,000 completion t
 completion ends before the limit, and both do exactly the same work. --loss compares another of our losses.
 
 The floor is arithmetic: multiply-adds of the forward and backward passes at the matrix rate that this machine
-reaches now, and for each decoding step all weights once through its memory.
+reaches now (each prompt's prefill once, however many samples), and for each decoding step all weights once
+through its memory.
 """
 
 import argparse
@@ -43,7 +45,7 @@ def report(**row):
 def ours(args):
     import opd
 
-    begin, batch_of, record, sample = [0.0], opd.batch_of, opd.record, opd.sample
+    begin, prompt_tokens, batch_of, record, sample = [0.0], [0], opd.batch_of, opd.record, opd.sample
 
     def turn(*a):
         begin[0] = wait()
@@ -52,18 +54,26 @@ def ours(args):
     def told(history, row, *a):
         seconds = time.perf_counter() - begin[0]
         parts = {name: row[name] for name in ("sample_s", "teacher_s", "student_s")}
-        report(seconds=seconds, tokens=row["tokens"], loss=row["loss"], **parts)
+        counts = {"tokens": row["tokens"], "prompt_tokens": prompt_tokens[0]}
+        report(seconds=seconds, **counts, loss=row["loss"], **parts)
         record(history, row, *a)
 
-    opd.batch_of, opd.record = turn, told
-    if args.no_end:
-        opd.sample = lambda model, prompts, n, stop_ids, *a: sample(model, prompts, n, [], *a)
+    def counted(model, prompts, n, stop_ids, *a):
+        prompt_tokens[0] = sum(map(len, prompts)) * n
+        return sample(model, prompts, n, [] if args.no_end else stop_ids, *a)
+
+    opd.batch_of, opd.record, opd.sample = turn, told, counted
     with tempfile.TemporaryDirectory() as out:
         rows = args.prompts * args.samples
         options = {"batch_size": args.prompts, "samples_per_prompt": args.samples, "micro_batch_size": rows}
         paths = {"student": f"{args.folder}/student", "teacher": f"{args.folder}/teacher"}
         paths |= {"data": f"{args.folder}/train.jsonl", "out": f"{out}/run"}
-        limits = {"max_new_tokens": args.new_tokens, "max_prompt_tokens": 128, "steps": 10**5}
+        limits = {
+            "chunk_tokens": args.chunk_tokens,
+            "max_new_tokens": args.new_tokens,
+            "max_prompt_tokens": 128,
+            "steps": 10**5,
+        }
         opd.train(opd.Args(**paths, **options, **limits, loss=args.loss, lr=1e-5, warmup_steps=0))
 
 
@@ -140,7 +150,7 @@ def floor(args, tokens, prompt_tokens):
         a @ b
         spent.append(time.perf_counter() - start)
     rate = 2048**3 / statistics.median(spent)  # multiply-adds a second
-    x = torch.empty(2**27)  # 0.5 GB
+    x = torch.ones(2**27)  # 0.5 GB; written, or all its pages would be one zero page in the cache
     spent = []
     for _ in range(5):
         start = time.perf_counter()
@@ -156,10 +166,11 @@ def floor(args, tokens, prompt_tokens):
         sizes.append((layer * c.num_hidden_layers, c.vocab_size * c.hidden_size))
     (body, head), (teacher_body, teacher_head) = sizes
     read = tokens + prompt_tokens  # tokens that a scoring pass reads, no padding
+    once = (body + head) * 4 * args.new_tokens / bandwidth  # all weights once for each decoding step
     return {
         "rate_gmadds": rate / 1e9,
         "bandwidth_gb": bandwidth / 1e9,
-        "sample_s": max((body + head) * 4 * args.new_tokens / bandwidth, ((body + head) * tokens) / rate),
+        "sample_s": body * prompt_tokens / args.samples / rate + max(once, (body + head) * tokens / rate),
         "teacher_s": (teacher_body * read + teacher_head * tokens) / rate,
         "student_s": 3 * (body * read + head * tokens) / rate,
     }
@@ -175,22 +186,26 @@ def main():
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--no_end", action="store_true", help="no completion ends before --new_tokens")
+    parser.add_argument("--chunk_tokens", type=int, default=512, help="of ours: less memory, a little slower")
     parser.add_argument("--loss", default="reverse_kl", help="of ours")
+    parser.add_argument("--apart", action="store_true", help="one after the other: memory for one at a time")
     parser.add_argument("--alone", action="store_true", help="ours only")
     parser.add_argument("--side", choices=["ours", "trl"], help="what a child process is told")
     args = parser.parse_args()
     if args.side:
         return {"ours": ours, "trl": trl}[args.side](args)
     names = ["ours"] if args.alone else ["ours", "trl"]
-    sides = [Side(name) for name in names]
     rows = {name: [] for name in names}
-    for step in range(args.steps + 1):
+    for group in [[name] for name in names] if args.apart else [names]:
+        sides = [Side(name) for name in group]
+        for step in range(args.steps + 1):
+            for side in sides:
+                row = side.step()
+                print(step, side.name, {k: round(v, 3) for k, v in row.items()}, flush=True)
+                rows[side.name] += [row] * (step > 0)
         for side in sides:
-            row = side.step()
-            print(step, side.name, {k: round(v, 3) for k, v in row.items()}, flush=True)
-            rows[side.name] += [row] * (step > 0)
-    for side in sides:
-        side.process.kill()
+            side.process.stdin.close()  # it leaves, and takes its files along
+            side.process.wait()
     print(
         f"\n{args.prompts} prompts x {args.samples} x {args.new_tokens} tokens, medians of {args.steps} steps"
     )
@@ -206,7 +221,7 @@ def main():
             f"| {name} | {per_token:.1f} | {mid['tokens']:.0f} | {' | '.join(rest)} | {mid['peak_gb']:.1f} |"
         )
     tokens = statistics.median(r["tokens"] for r in rows["ours"])
-    low = floor(args, tokens, args.prompts * args.samples * 60)  # 60: the prompts' mean length, with template
+    low = floor(args, tokens, statistics.median(r["prompt_tokens"] for r in rows["ours"]))
     parts = [f"{low[k]:.1f}" for k in ("sample_s", "teacher_s", "student_s")]
     print(f"| floor | | {tokens:.0f} | {sum(map(float, parts)):.1f} | {' | '.join(parts)} | |")
     print(f"floor: {low['rate_gmadds']:.0f} G multiply-adds/s, {low['bandwidth_gb']:.0f} GB/s")
