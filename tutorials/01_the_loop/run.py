@@ -1,5 +1,6 @@
 """The loop of opd.py against SFT on the teacher's samples: by tokens, by compute, by position in a chain."""
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -14,11 +15,14 @@ import toy  # noqa: E402
 import opd  # noqa: E402
 
 SEEDS, PROMPTS, EVERY, EXAMPLE = 3, (4000, 100), 25, "58013;47112;36110;#1023$"
-STEPS = {"OPD": 100, "SFT": 175}  # at 125 steps SFT has cost what OPD has at 100
+# At 125 steps SFT has cost what OPD has at 100. off-policy: OPD's loss on the teacher's text, the control.
+STEPS = {"OPD": 100, "SFT": 175, "off-policy": 100}
 # Forward passes that a trained token costs, the models being of one size: to sample it, to score it, and to
 # train on it (forward, and a backward worth two). SFT needs no score.
-COST = {"OPD": 1 + 1 + 3, "SFT": 1 + 0 + 3}
-COLOUR = {"OPD": lesson.COLOURS[0], "SFT": lesson.COLOURS[1], "start": "0.45"}
+COST = {"OPD": 1 + 1 + 3, "SFT": 1 + 0 + 3, "off-policy": 1 + 1 + 3}
+COLOUR = dict(zip(("OPD", "SFT", "off-policy"), lesson.COLOURS, strict=False), start="0.45")
+TRAINED = [(arm, n) for n in PROMPTS for arm in ("SFT", "OPD")] + [("off-policy", PROMPTS[0])]
+STYLES = {"clean": "-", "slipped": ":", "teacher": "--"}  # of the kinds of prefix
 EMPTY = dict.fromkeys(
     "tokens cost accuracy prefixes position tokens_seen error kl teacher_entropy".split(), ""
 )
@@ -78,7 +82,8 @@ def one(arm, prompts, seed, smoke):
     args = {"student": student, "teacher": teacher, "data": data(prompts), "loss": "reverse_kl", "lr": 3e-4}
     args |= {"eval_data": data(20 if smoke else 300, held_out=True), "eval_every": 1 if smoke else EVERY}
     args |= {"steps": steps, "batch_size": 32, "max_new_tokens": 32, "seed": seed}
-    with lesson.distilled(opd, **args, sft_steps=steps if arm == "SFT" else 0) as (history, final):
+    args |= {"SFT": {"sft_steps": steps}, "off-policy": {"lmbda": 0.0}}.get(arm, {})
+    with lesson.distilled(opd, **args) as (history, final):
         for row in history:
             tokens += row.get("tokens", 0)
             if "eval_accuracy" in row:
@@ -92,8 +97,8 @@ def run(smoke):
     lesson.in_parallel(models, [(s, smoke) for s in seeds], "models")
     for n, held_out in ((4000, False), (100, False), (20 if smoke else 300, True)):
         data(n, held_out)
-    arms = [(arm, n) for n in PROMPTS for arm in ("SFT", "OPD")] + [("start", 0)]
-    found = lesson.in_parallel(one, [(*arm, s, smoke) for s in seeds for arm in arms], "runs")
+    jobs = [(*arm, s, smoke) for s in seeds for arm in (*TRAINED, ("start", 0))]
+    found = lesson.in_parallel(one, jobs, "runs")
     return [row for rows in found for row in rows]
 
 
@@ -115,33 +120,28 @@ def plot(rows, path):
     )
     for n in PROMPTS:
         panel = panels[str(n)]
-        for arm in ("OPD", "SFT"):
+        for arm in STEPS:
             curve = [r for r in lesson.select(rows, arm=arm, prompts=n) if r["accuracy"] != ""]
-            lesson.curve(panel, curve, "step", "accuracy", COLOUR[arm], arm, marker="o", ms=3)
+            if curve:
+                lesson.curve(panel, curve, "step", "accuracy", COLOUR[arm], arm, marker="o", ms=3)
         panel.set_title(f"{n} prompts", loc="left", fontsize=10)
         panel.set(xlabel="steps of 32 completions", ylabel="accuracy on held-out problems", ylim=(0.3, 1))
-    for i, (arm, n) in enumerate((("start", 0), ("SFT", 4000), ("OPD", 4000))):
+    for i, (arm, n) in enumerate((("start", 0), ("SFT", 4000), ("off-policy", 4000), ("OPD", 4000))):
         for dx, kind, fill in ((-0.12, "clean", "full"), (0.12, "slipped", "none")):
             ys = per_seed(rows, "error", arm=arm, prompts=n, prefixes=kind)
             panels["kinds"].plot([i + dx] * len(ys), ys, "o", color=COLOUR[arm], fillstyle=fill)
-    panels["kinds"].set_xticks(range(3), ["before", "SFT", "OPD"])
+    panels["kinds"].set_xticks(range(4), ["before", "SFT", "off-policy", "OPD"])
     panels["kinds"].set(ylabel="error per token", yscale="log")
     panels["kinds"].set_title("right so far (filled), after a slip (open)", loc="left", fontsize=10)
-    for arm, kind, style in (
-        ("SFT", "clean", "-"),
-        ("SFT", "slipped", ":"),
-        ("OPD", "clean", "-"),
-        ("OPD", "slipped", ":"),
-    ):
-        chosen = [
-            r for r in lesson.select(rows, arm=arm, prompts=4000, prefixes=kind) if r["tokens_seen"] >= 10
-        ]
+    for arm, (kind, style) in itertools.product(("SFT", "OPD"), STYLES.items()):
+        chosen = lesson.select(rows, arm=arm, prompts=4000, prefixes=kind)
+        chosen = [r for r in chosen if r["tokens_seen"] >= 10]
         lesson.curve(panels["chain"], chosen, "position", "error", COLOUR[arm], ls=style)
     panels["chain"].set_xticks(range(len(EXAMPLE)), EXAMPLE)
     panels["chain"].set(xlabel="position in the chain (its tokens: an example)", ylabel="error")
-    panels["chain"].set_title(
-        "error by position, 4000 prompts; orange SFT, blue OPD; dotted: after a slip", loc="left", fontsize=10
-    )
+    title = "error by position, 4000 prompts; orange SFT, blue OPD"
+    title += "; full: on its own prefixes, right so far; dotted: after a slip; dashed: on the teacher's"
+    panels["chain"].set_title(title, loc="left", fontsize=10)
     lesson.save(figure, path)
 
 
@@ -151,14 +151,14 @@ def tables(rows):
         "|---|---|---|---|---|---|",
     ]
     for n in PROMPTS:
-        for arm, step in (("OPD", 100), ("SFT", 100), ("SFT", 125), ("SFT", 175)):
+        for arm, step in (("OPD", 100), ("off-policy", 100), ("SFT", 100), ("SFT", 125), ("SFT", 175)):
             found = [r for r in lesson.select(rows, arm=arm, prompts=n, step=step) if r["accuracy"] != ""]
             if found:
                 size = [sum(r[c] for r in found) / len(found) / 1000 for c in ("tokens", "cost")]
                 accuracy = lesson.spread([r["accuracy"] for r in found])
                 budget.append(f"| {n} | {arm} | {step} | {size[0]:.0f} k | {size[1]:.0f} k | {accuracy} |")
     prefixes = ["| student | teacher's prefix | own, right so far | own, after a slip |", "|---|---|---|---|"]
-    for arm, n in (("start", 0), *((arm, n) for n in PROMPTS for arm in ("SFT", "OPD"))):
+    for arm, n in (("start", 0), *TRAINED):
         cells = [
             per_seed(rows, "error", arm=arm, prompts=n, prefixes=k) for k in ("teacher", "clean", "slipped")
         ]

@@ -27,7 +27,13 @@ GAPS = {
 KS = (1, 2, 4, 8, 16, 32, 64)
 K = 8  # of the table and the left panel
 GRID = torch.linspace(-4, 4, 81)  # tokens with an order, for the picture of mode-seeking
+NAMES = (*opd.LOSSES, "pg_baseline")
+SHOWN = "reverse_kl forward_kl jsd skew_reverse_kl sg_topk tail_topk k2 k3 pg pg_baseline".split()
 cosine = torch.nn.functional.cosine_similarity
+
+
+def is_topk(name):
+    return opd.LOSSES.get(name, "?")[0] == "top-k"
 
 
 def pairs(seed, gap):
@@ -41,15 +47,17 @@ def expected(name, student_logits, teacher_logits, args):
     """Value [PAIRS], expected gradient [PAIRS,V], RMS noise of a one-sample gradient [PAIRS] of LOSSES[name].
 
     A sampled loss is asked about each token y in turn, weighed by p(y): its expectation, not an estimate.
+    pg_baseline: pg with the mean advantage at the prefix, -KL, taken off its advantage.
     """
-    logits, loss = student_logits.clone().requires_grad_(True), opd.LOSSES[name]
+    logits, loss = student_logits.clone().requires_grad_(True), opd.LOSSES[name.removesuffix("_baseline")]
     if loss[0] != "sampled":
         value = opd.token_loss(loss, logits, teacher_logits, None, None, None, args)
         return value.detach(), torch.autograd.grad(value.sum(), logits)[0], torch.zeros(len(value))
     log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     values, grads, p = [], [], log_p.exp()
+    baseline = (p * (log_q - log_p)).sum(-1) if name == "pg_baseline" else 0
     for y in range(V):
-        tokens, advantage = torch.full((len(p),), y), (log_q - log_p)[:, y]
+        tokens, advantage = torch.full((len(p),), y), (log_q - log_p)[:, y] - baseline
         value = opd.token_loss(loss, logits, teacher_logits, tokens, advantage, log_p[:, y], args)
         values.append(value.detach())
         grads.append(torch.autograd.grad(value.sum(), logits)[0])
@@ -64,9 +72,9 @@ def one_state(seed, gap):
     reverse, forward = losses.reverse_kl(student, teacher), losses.forward_kl(student, teacher)
     p, q = student.softmax(-1), teacher.softmax(-1)
     grad_reverse = p * (student.log_softmax(-1) - teacher.log_softmax(-1) - reverse[:, None])
-    for name, (family, _) in opd.LOSSES.items():
+    for name in NAMES:
         source, target = ("teacher", forward) if "forward" in name else ("student", reverse)
-        for k in KS if family == "top-k" else (0,):
+        for k in KS if is_topk(name) else (0,):
             args = opd.Args(topk=k or 1, topk_source=source)
             value, grad, noise = expected(name, student, teacher, args)
             length = grad.norm(dim=-1).sum()
@@ -130,12 +138,15 @@ def run(smoke):
         for gap in GAPS:
             rows += one_state(seed, gap)
             rows += whole_sequences(seed, gap) if GAPS[gap] else []
+    rows = [{**row, "left": ""} for row in rows]
+    for name in ("reverse_kl", "forward_kl"):  # left: how much lies left of 0, under the taller bump
+        left = fit(getattr(losses, name))[1][GRID < 0].sum().item()
+        rows.append({**dict.fromkeys(rows[0], ""), "loss": f"fit_{name}", "left": left})
     return rows
 
 
 def of(rows, name, **where):
-    k = K if opd.LOSSES.get(name, "?")[0] == "top-k" else 0
-    return lesson.select(rows, loss=name, k=k, **where)
+    return lesson.select(rows, loss=name, k=K if is_topk(name) else 0, **where)
 
 
 def mean(rows, column):
@@ -148,7 +159,7 @@ def plot(rows, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names, gaps = list(opd.LOSSES), ("medium", "large")
+    names, gaps = NAMES, ("medium", "large")
     figure, panels = plt.subplot_mosaic(
         [["atlas", "k"], ["atlas", "modes"]], figsize=(11, 7), layout="constrained"
     )
@@ -203,24 +214,25 @@ def plot(rows, path):
 
 
 def tables(rows):
-    atlas = [
-        "| loss | bias of the value | cos with grad reverse KL | cos with grad forward KL | norm / reverse "
-        "| noise / grad | grad at p = q |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name in opd.LOSSES:
-        r, at_equal = of(rows, name, gap="medium"), mean(of(rows, name, gap="equal"), "grad_norm")
-        grad_norm, noise = mean(r, "grad_norm"), mean(r, "noise")
-        cells = [
-            f"`{name}`" + (f", k={K}" if r[0]["k"] else ""),
-            f"{mean(r, 'bias'):+.3f}".replace("-0.000", "+0.000"),
-            lesson.spread([x["cos_reverse"] for x in r]) if grad_norm > 1e-5 else "no gradient",
-            lesson.spread([x["cos_forward"] for x in r]) if grad_norm > 1e-5 else "no gradient",
-            f"{mean(r, 'norm_to_reverse'):.2f}",
-            (f"{noise / grad_norm:.1f}" if grad_norm > 1e-5 else "all noise") if noise else "0",
-            f"{at_equal:.3f}" if at_equal > 1e-5 else "0",
-        ]
-        atlas.append("| " + " | ".join(cells) + " |")
+    def atlas(gap, names):
+        heads = ["bias of the value", "cos with grad reverse KL", "cos with grad forward KL"]
+        lines = [["loss", *heads, "norm / reverse", "noise / grad", "grad at p = q"], ["---"] * 7]
+        for name in names:
+            r, at_equal = of(rows, name, gap=gap), mean(of(rows, name, gap="equal"), "grad_norm")
+            grad_norm, noise = mean(r, "grad_norm"), mean(r, "noise")
+            pulls = grad_norm > 1e-5
+            cosines = [lesson.spread([x[f"cos_{kl}"] for x in r]) for kl in ("reverse", "forward")]
+            cells = [
+                f"`{name}`" + (f", k={K}" if r[0]["k"] else ""),
+                f"{mean(r, 'bias'):+.3f}".replace("-0.000", "+0.000"),
+                *(cosines if pulls else ["no gradient"] * 2),
+                f"{mean(r, 'norm_to_reverse'):.2f}",
+                (f"{noise / grad_norm:.1f}" if pulls else "all noise") if noise else "0",
+                f"{at_equal:.3f}" if at_equal > 1e-5 else "0",
+            ]
+            lines.append(cells)
+        return ["| " + " | ".join(line) + " |" for line in lines]
+
     gamma = ["| gamma | small gap | medium gap | large gap |", "|---|---|---|---|"]
     for g in ("0", "0.5", "1"):
         cells = [
@@ -232,7 +244,7 @@ def tables(rows):
     for name in ("topk", "sg_topk", "norm_topk", "tail_topk"):
         cells = [mean(lesson.select(rows, loss=name, k=k, gap="medium"), "cos_reverse") for k in KS]
         by_k.append(f"| `{name}` | " + " | ".join(f"{x:.2f}" for x in cells) + " |")
-    return {"atlas": atlas, "gamma": gamma, "by_k": by_k}
+    return {"atlas": atlas("medium", NAMES), "large": atlas("large", SHOWN), "gamma": gamma, "by_k": by_k}
 
 
 if __name__ == "__main__":

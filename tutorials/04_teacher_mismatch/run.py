@@ -247,7 +247,7 @@ def tables(rows):
     return {
         "result": table(["itself", *(f"student, step {step:g}" for step in steps)], result),
         "text": table(TEXT, text),
-        "handover": table([f"after {cut} tokens" for cut in SHOWN], handover),
+        "handover": table([f"after {cut} token{'s' * (cut != 1)}" for cut in SHOWN], handover),
     }
 
 

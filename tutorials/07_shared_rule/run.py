@@ -162,7 +162,7 @@ def real_run(rule, seed, smoke):
     args["eval_data"] = lesson.kept_rows(f"chat_{rule}_held_out_{n}", rows[:n])
     args["data"] = lesson.kept_rows(f"chat_{rule}_train", rows[HELD_OUT:])
     args.update(steps=1 if smoke else 30, batch_size=2 if smoke else 8, micro_batch_size=8)
-    args.update(max_new_tokens=new_tokens, temperature=TEMPERATURE, eval_every=10)
+    args.update(max_new_tokens=new_tokens, temperature=TEMPERATURE, eval_every=0)  # before and after
     at = {"part": "real", "rule": rule, "teacher": "frozen", "seed": seed}
     with lesson.distilled(opsd, **args) as (log, final):
         after = answers(final, rule, False, n, new_tokens)
@@ -184,7 +184,9 @@ def untrained(rule, smoke):
 def run(smoke):
     command = smollm2.missing_packages()
     if command or importlib.util.find_spec("chatterbot_corpus") is None:
-        sys.exit(f"the real model needs: {command or 'pip install chatterbot-corpus==1.3.3 pyyaml'}")
+        more = command or "pip install chatterbot-corpus==1.3.3 pyyaml"
+        print(f"this chapter needs more packages: {more}", file=sys.stderr)
+        sys.exit(2)
     seeds = (0,) if smoke else (0, 1, 2)
     rules = list(WRITERS)
     lesson.in_parallel(base, [(rule, seed, smoke) for rule in rules for seed in seeds], "toy bases")

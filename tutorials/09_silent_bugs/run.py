@@ -156,7 +156,7 @@ def ranked(rows):
 
 
 def plot(rows, path):
-    message = "A third of these bugs ruin the run, half of them nobody would notice"
+    message = "Of twenty silent bugs six ruin the run, six cost accuracy, eight are harmless here"
     figure, panels = lesson.panels(message, [["all"]], (11, 7))
     panel, found = panels["all"], ranked(rows)[::-1]
     for y, (arm, right, verdict, tells) in enumerate(found):
