@@ -72,6 +72,7 @@ def estimate(student, teacher):
         "AdamW, two moments, float32": 8 * student,
         "bfloat16 copies within a forward": 2 * student,
         "teacher, bfloat16": 2 * teacher,
+        "teacher's vocabulary projection once more, float32": 4 * 152_000 * 4096 / 1e9,
         "activations with --gradient_checkpointing, 4 rows x 5,120 tokens": 4 * 5120 * 2048 * 28 * 2 / 1e9,
         "KV cache of sampling, 8 rows x 5,120 tokens": 8 * 5120 * 28 * 2 * 8 * 128 * 2 / 1e9,
         "a chunk's logits, 512 x 152k, eight float32 tensors": 512 * 152_000 * 4 * 8 / 1e9,

@@ -3,7 +3,7 @@
     python tutorials/smollm2.py --out smollm2     # once
     python tests/bench/vs_trl.py smollm2 --prompts 8 --samples 1 --new_tokens 64 --steps 5
     python tests/bench/vs_trl.py smollm2 --prompts 8 --samples 1 --new_tokens 64 --steps 5 --no_end
-    python tests/bench/vs_trl.py smollm2 --prompts 16 --samples 1 --new_tokens 256 --steps 5     # ragged
+    python tests/bench/vs_trl.py smollm2 --prompts 12 --samples 1 --new_tokens 192 --steps 5     # ragged
     python tests/bench/vs_trl.py smollm2 --prompts 16 --samples 4 --new_tokens 64 --steps 5 --apart  # 22 GB
 
 Full-vocabulary reverse KL, float32, AdamW, temperature 1, every row in one forward pass, no recomputation.

@@ -116,14 +116,15 @@ def per_seed(rows, column, **where):
 def plot(rows, path):
     layout = [[*map(str, PROMPTS), "kinds"], ["chain"] * 3]
     figure, panels = lesson.panels(
-        "A student of the teacher's text goes on slipping once it has slipped", layout, (11, 7)
+        "SFT goes on slipping once it has slipped; whole distributions help, whoever wrote", layout, (11, 7)
     )
     for n in PROMPTS:
         panel = panels[str(n)]
         for arm in STEPS:
             curve = [r for r in lesson.select(rows, arm=arm, prompts=n) if r["accuracy"] != ""]
             if curve:
-                lesson.curve(panel, curve, "step", "accuracy", COLOUR[arm], arm, marker="o", ms=3)
+                label = arm + "\n" * (arm == "off-policy")  # above OPD's
+                lesson.curve(panel, curve, "step", "accuracy", COLOUR[arm], label, marker="o", ms=3)
         panel.set_title(f"{n} prompts", loc="left", fontsize=10)
         panel.set(xlabel="steps of 32 completions", ylabel="accuracy on held-out problems", ylim=(0.3, 1))
     for i, (arm, n) in enumerate((("start", 0), ("SFT", 4000), ("off-policy", 4000), ("OPD", 4000))):
