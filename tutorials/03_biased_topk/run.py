@@ -106,8 +106,8 @@ def run(smoke):
     models = [(role, s, smoke) for s in seeds for role in ("teacher", "student")]
     lesson.in_parallel(toy_path, models, "toy models")
     jobs = [("real", "topk", 20, 3e-5, s, 8) for s in seeds]
-    jobs += [("damaged", x, 20, 1e-4, s, 8) for x in ("sg_topk", "reverse_kl") for s in seeds]
-    jobs += [("damaged", "tail_topk", 20, 1e-4, 0, 8)]
+    damaged = ("sg_topk", "tail_topk", "reverse_kl")
+    jobs += [("damaged", x, 20, 1e-4, s, 8) for x in damaged for s in seeds]
     jobs += [("real", "sg_topk", 20, 3e-5, s, 2) for s in seeds]
     jobs += [("self", x, 4, 1e-3, s, 75) for x in TOPK[:2] for s in seeds]
     jobs += [("map", "reverse_kl", 0, lr, s, 75) for lr in LRS for s in seeds]
