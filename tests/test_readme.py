@@ -94,7 +94,13 @@ def file_map():
     ]
 
 
-TABLES = {"losses": loss_table, "flags": flag_table, "files": file_map}
+def by_k():
+    """Chapter 2's table of what k tokens keep of the gradient, as it stands there: its run.py writes it."""
+    text = (ROOT / "tutorials/02_many_faces_of_kl/README.md").read_text()
+    return text.split("<!-- by_k -->\n")[1].split("\n<!-- /by_k -->")[0].splitlines()
+
+
+TABLES = {"losses": loss_table, "by_k": by_k, "flags": flag_table, "files": file_map}
 
 
 def replaced(text, name, lines):
