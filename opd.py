@@ -459,6 +459,30 @@ def sampling_logp(logits, temperature, top_p):
     return logp
 
 
+def few_rows_linear(weight, bias, x):
+    """x @ weight.T + bias as (weight @ x.T).T, rows filled up to a multiple of 4, or of 8."""
+    rows = x.reshape(-1, x.shape[-1])  # [R,D]
+    if len(rows) < 2:
+        return torch.nn.functional.linear(x, weight, bias)
+    filled = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % (4 if len(rows) < 5 else 8)))
+    y = (weight @ filled.T).T[: len(rows)].contiguous().view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
+
+
+@contextlib.contextmanager
+def few_rows(model):
+    """On a CPU, inside, a model's large linear layers multiply weight @ x.T: with the few rows of a decoding
+    step the matrix library is up to twice as fast that way round (tests/bench/decode.py)."""
+    layers = [x for x in model.modules() if type(x) is torch.nn.Linear and x.weight.numel() >= 2**16]
+    for layer in layers if model.device.type == "cpu" else []:
+        layer.forward = functools.partial(few_rows_linear, layer.weight, layer.bias)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+
 @torch.no_grad()
 def sample(model, prompts, n, stop_ids, key, prompt_keys, max_new_tokens, temperature=1.0, top_p=1.0):
     """n completions of each prompt (lists of token ids) -> list of Rollouts, the n of the first prompt first.
@@ -487,23 +511,24 @@ def sample(model, prompts, n, stop_ids, key, prompt_keys, max_new_tokens, temper
     logps = torch.zeros(rows, max_new_tokens, device=device)  # [R,T]
     size, ended = torch.full((rows,), max_new_tokens), torch.zeros(rows, dtype=torch.bool)  # [R], [R]
     alive = torch.arange(rows)  # the rows still in the batch; it and all that follows shrink together
-    for t in range(max_new_tokens):
-        logp = sampling_logp(logits, temperature, top_p)  # [R,V]
-        cdf = logp.double().exp().cumsum(dim=-1)  # [R,V]; in float32 the sum of 150,000 terms is off by 1e-5
-        u = uniforms(*key, row_prompt[alive], row_sample[alive], t).to(device)[:, None]  # [R,1]
-        token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=logp.shape[1] - 1)  # [R,1]
-        tokens[alive, t], logps[alive, t] = token[:, 0], logp.gather(-1, token)[:, 0]
-        done = torch.isin(token[:, 0], stop).cpu()  # [R]
-        ended[alive[done]], size[alive[done]] = True, t + 1
-        if done.all() or t + 1 == max_new_tokens:
-            break
-        if done.any():
-            stay = (~done).nonzero()[:, 0].to(device)
-            cache.reorder_cache(stay)
-            alive, token, mask, position = alive[~done], token[stay], mask[stay], position[stay]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        hidden = body(input_ids=token, attention_mask=mask, position_ids=position).last_hidden_state
-        logits, position = project(model, hidden[:, 0]), position + 1
+    with few_rows(model):
+        for t in range(max_new_tokens):
+            logp = sampling_logp(logits, temperature, top_p)  # [R,V]
+            cdf = logp.double().exp().cumsum(dim=-1)  # [R,V]; in float32 150,000 terms add up to 1e-5 off
+            u = uniforms(*key, row_prompt[alive], row_sample[alive], t).to(device)[:, None]  # [R,1]
+            token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=logp.shape[1] - 1)  # [R,1]
+            tokens[alive, t], logps[alive, t] = token[:, 0], logp.gather(-1, token)[:, 0]
+            done = torch.isin(token[:, 0], stop).cpu()  # [R]
+            ended[alive[done]], size[alive[done]] = True, t + 1
+            if done.all() or t + 1 == max_new_tokens:
+                break
+            if done.any():
+                stay = (~done).nonzero()[:, 0].to(device)
+                cache.reorder_cache(stay)
+                alive, token, mask, position = alive[~done], token[stay], mask[stay], position[stay]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            hidden = body(input_ids=token, attention_mask=mask, position_ids=position).last_hidden_state
+            logits, position = project(model, hidden[:, 0]), position + 1
     found = zip(tokens.tolist(), logps.tolist(), size.tolist(), ended.tolist(), strict=True)
     return [Rollout(prompts[i // n], y[:end], lp[:end], e) for i, (y, lp, end, e) in enumerate(found)]
 

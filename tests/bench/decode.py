@@ -1,9 +1,10 @@
-"""Where the time of a decoding step goes: its parts for R rows, in ms, and what two tricks would bring.
+"""Where the time of a decoding step goes, in ms: as opd.sample takes it, with a KV cache that has room in it,
+and with plain linear layers.
 
     python tests/bench/decode.py smollm2               # what tutorials/smollm2.py built
 
-Not in opd.py, for the lines they would cost: the vocabulary projection as weight @ x.T, and a KV cache with
-room in it (transformers' grows by torch.cat, which copies all of it for each token).
+The cache with room is not in opd.py: transformers' copies all of itself to grow by a token, and yet the body
+is hardly slower for it.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -31,34 +33,66 @@ def ms(call, n=20):
     return statistics.median(spent[3:])
 
 
-@torch.no_grad()
-def parts(model, rows, width):
-    """{part: ms} of a decoding step of these rows, each with `width` tokens in its cache."""
+class Room(DynamicLayer):
+    """A layer's keys and values at the start of a larger tensor: a token is added without a copy."""
+
+    def update(self, keys, values, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+            self.store = keys[:, :, :0], values[:, :, :0]
+        start, end = self.get_seq_length(), self.get_seq_length() + keys.shape[2]
+        if end > self.store[0].shape[2]:
+            shape = (*keys.shape[:2], end + 64, keys.shape[3])
+            old, self.store = (self.keys, self.values), (keys.new_empty(shape), values.new_empty(shape))
+            for new, held in zip(self.store, old, strict=True):
+                new[:, :, :start] = held if start else new[:, :, :0]
+        for new, added in zip(self.store, (keys, values), strict=True):
+            new[:, :, start:end] = added
+        self.keys, self.values = (new[:, :, :end] for new in self.store)
+        return self.keys, self.values
+
+
+def decoder(model, rows, width, layer=None):
+    """-> a function that takes one decoding step of these rows, from `width` tokens on."""
     ids, cache = torch.randint(model.vocab_in_use, (rows, width)), DynamicCache(config=model.config)
+    if layer:
+        cache.layers = [layer() for _ in cache.layers]
     body = model.base_model
     body(input_ids=ids, past_key_values=cache, use_cache=True)
 
     def step():
         position = torch.full((rows, 1), cache.get_seq_length())
         mask = torch.ones(rows, cache.get_seq_length() + 1, dtype=torch.long)
+        mask[0, 0] = 0  # as with prompts of unlike lengths
         more = {"past_key_values": cache, "use_cache": True, "position_ids": position, "attention_mask": mask}
-        return body(input_ids=ids[:, :1], **more).last_hidden_state
+        return body(input_ids=ids[:, :1], **more).last_hidden_state[:, 0]
 
-    hidden, weight = step()[:, 0], model.get_output_embeddings().weight
-    logits = opd.project(model, hidden)
+    return step
+
+
+@torch.no_grad()
+def parts(model, rows, width):
+    """{part: ms} of a decoding step of these rows."""
+    hidden = decoder(model, rows, width)()
+    logits, found = opd.project(model, hidden), {}
 
     def draw():
         cdf = opd.sampling_logp(logits, 1.0, 1.0).double().exp().cumsum(dim=-1)
         return torch.searchsorted(cdf, torch.rand(rows, 1).double() * cdf[:, -1:], right=True)
 
-    found = {"body": ms(step), "projection": ms(lambda: opd.project(model, hidden)), "draw": ms(draw)}
-    found["projection as weight @ x.T"] = ms(lambda: weight @ hidden.T)
-    with profile(activities=[ProfilerActivity.CPU]) as seen:
-        for _ in range(5):
-            step()
-    for name, part in (("aten::mm", "products"), ("aten::cat", "growing the KV cache")):
-        own = sum(event.self_cpu_time_total for event in seen.key_averages() if event.key == name)
-        found[f"of the body: {part}"] = own / 5 / 1000
+    with opd.few_rows(model):
+        found["body"] = ms(decoder(model, rows, width))
+        found["projection"] = ms(lambda: opd.project(model, hidden))
+        found["draw"] = ms(draw)
+        found["body, cache with room"] = ms(decoder(model, rows, width, Room))
+        step = decoder(model, rows, width)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            for _ in range(5):
+                step()
+    own = sum(event.self_cpu_time_total for event in seen.key_averages() if event.key == "aten::mm")
+    found["body's matrix products"] = own / 5 / 1000
+    found["body, plain linear layers"] = ms(decoder(model, rows, width))
+    found["projection, plain linear layer"] = ms(lambda: opd.project(model, hidden))
     return found
 
 
@@ -67,7 +101,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder")
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 12, 64])
     parser.add_argument("--width", type=int, default=90, help="tokens in the cache")
     args = parser.parse_args()
     opd.keep_freed_memory()
