@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import runpy
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -598,3 +599,25 @@ def test_ranks_say_it_once(name, needed, shell):
     assert run.returncode != 0 and len(lines) == 1 and needed in lines[0], run.stderr
     assert f'{ROOT / "opd.py"}", line' not in run.stderr  # no traceback of ours
     assert out.exists() == (name == "late row")
+
+
+@pytest.mark.parametrize(
+    "words, needed",
+    [
+        ("decode nowhere", "no student/config.json in nowhere"),
+        ("endurance --steps 0", "'0' is not a whole number of at least 1"),
+        ("fuzz --only 7", "--only 7: write valid:NUMBER or invalid:NUMBER"),
+        ("kill --kills -3", "'-3' is not a whole number of at least 1"),
+        ("scaling nowhere", "no student/config.json in nowhere"),
+        ("vs_trl nowhere", "build it with tutorials/smollm2.py --out nowhere"),
+    ],
+)
+def test_flag_of_a_bench(words, needed, capsys, monkeypatch):
+    bench = Path(opd.__file__).parent / "tests" / "bench"
+    name, *rest = words.split()
+    monkeypatch.setattr(sys, "path", [str(bench), *sys.path])
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *rest])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(bench / f"{name}.py"), run_name="__main__")
+    assert exit.value.code == 2
+    assert needed in capsys.readouterr().err.splitlines()[-1]

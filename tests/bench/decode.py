@@ -8,12 +8,14 @@ is hardly slower for it.
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from flags import models, positive
 from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -24,13 +26,16 @@ sys.path.insert(0, str(ROOT))
 import opd  # noqa: E402
 
 
-def ms(call, n=20):
-    spent = []
+def ms(model, calls, n=20):
+    """{name: median ms}; the calls take turns, so that a slow moment of the machine hits them all."""
+    spent = {name: [] for name in calls}
     for _ in range(n + 3):
-        start = time.perf_counter()
-        call()
-        spent.append(1000 * (time.perf_counter() - start))
-    return statistics.median(spent[3:])
+        for name, call in calls.items():
+            with contextlib.nullcontext() if "plain" in name else opd.few_rows(model):
+                start = time.perf_counter()
+                call()
+                spent[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(times[3:]) for name, times in spent.items()}
 
 
 class Room(DynamicLayer):
@@ -74,35 +79,32 @@ def decoder(model, rows, width, layer=None):
 def parts(model, rows, width):
     """{part: ms} of a decoding step of these rows."""
     hidden = decoder(model, rows, width)()
-    logits, found = opd.project(model, hidden), {}
+    logits = opd.project(model, hidden)
 
     def draw():
         cdf = opd.sampling_logp(logits, 1.0, 1.0).double().exp().cumsum(dim=-1)
         return torch.searchsorted(cdf, torch.rand(rows, 1).double() * cdf[:, -1:], right=True)
 
-    with opd.few_rows(model):
-        found["body"] = ms(decoder(model, rows, width))
-        found["projection"] = ms(lambda: opd.project(model, hidden))
-        found["draw"] = ms(draw)
-        found["body, cache with room"] = ms(decoder(model, rows, width, Room))
-        step = decoder(model, rows, width)
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            for _ in range(5):
-                step()
+    step, project = decoder(model, rows, width), lambda: opd.project(model, hidden)
+    calls = {"body": step, "projection": project, "draw": draw}
+    calls["body, cache with room"] = decoder(model, rows, width, Room)
+    calls["body, plain linear layers"] = decoder(model, rows, width)
+    calls["projection, plain linear layer"] = project
+    found = ms(model, calls)
+    with opd.few_rows(model), profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(5):
+            step()
     own = sum(event.self_cpu_time_total for event in seen.key_averages() if event.key == "aten::mm")
-    found["body's matrix products"] = own / 5 / 1000
-    found["body, plain linear layers"] = ms(decoder(model, rows, width))
-    found["projection, plain linear layer"] = ms(lambda: opd.project(model, hidden))
-    return found
+    return {**found, "body's matrix products": own / 5 / 1000}
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder")
-    parser.add_argument("--rows", type=int, nargs="+", default=[4, 8, 12, 64])
-    parser.add_argument("--width", type=int, default=90, help="tokens in the cache")
+    parser.add_argument("folder", type=models, help="what tutorials/smollm2.py built")
+    parser.add_argument("--rows", type=positive, nargs="+", default=[4, 8, 12, 64])
+    parser.add_argument("--width", type=positive, default=90, help="tokens in the cache")
     args = parser.parse_args()
     opd.keep_freed_memory()
     tokenizer, model = opd.load_model(f"{args.folder}/student", "student", torch.float32, "cpu")

@@ -13,6 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from flags import positive
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -83,8 +85,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--steps", type=int)
-    what.add_argument("--rows", type=int)
+    what.add_argument("--steps", type=positive)
+    what.add_argument("--rows", type=positive)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         good = soak(args.steps, Path(folder)) if args.steps else scale(args.rows, Path(folder))

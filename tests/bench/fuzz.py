@@ -13,9 +13,12 @@ import io
 import json
 import math
 import random
+import re
 import sys
 import tempfile
 from pathlib import Path
+
+from flags import positive
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -154,11 +157,13 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--valid", type=int, default=300)
-    parser.add_argument("--invalid", type=int, default=300)
+    parser.add_argument("--valid", type=positive, default=300)
+    parser.add_argument("--invalid", type=positive, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="kind:number, one case again")
     args = parser.parse_args()
+    if args.only and not re.fullmatch(r"(in)?valid:\d+", args.only):
+        parser.error(f"--only {args.only}: write valid:NUMBER or invalid:NUMBER")
     cases = [("valid", i) for i in range(args.valid)] + [("invalid", i) for i in range(args.invalid)]
     if args.only:
         kind, number = args.only.split(":")

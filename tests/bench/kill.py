@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from flags import positive
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -50,7 +52,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=positive, default=20)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, in_saving, done = random.Random(args.seed), 0, 0

@@ -16,6 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from flags import models, positive
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -83,10 +85,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--new_tokens", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("folder", type=models, help="what tutorials/smollm2.py built")
+    parser.add_argument("--batch_size", type=positive, default=8)
+    parser.add_argument("--new_tokens", type=positive, default=32)
+    parser.add_argument("--steps", type=positive, default=5)
     args = parser.parse_args()
     print("| ranks | s a step | in all-reduce | share |\n|---|---|---|---|")
     for ranks in (1, 2):

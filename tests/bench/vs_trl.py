@@ -26,6 +26,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from flags import models, positive
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
@@ -180,13 +182,15 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", help="what tutorials/smollm2.py built")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--samples", type=int, default=1)
-    parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("folder", type=models, help="what tutorials/smollm2.py built")
+    parser.add_argument("--prompts", type=positive, default=8)
+    parser.add_argument("--samples", type=positive, default=1)
+    parser.add_argument("--new_tokens", type=positive, default=64)
+    parser.add_argument("--steps", type=positive, default=5)
     parser.add_argument("--no_end", action="store_true", help="no completion ends before --new_tokens")
-    parser.add_argument("--chunk_tokens", type=int, default=512, help="of ours: less memory, a little slower")
+    parser.add_argument(
+        "--chunk_tokens", type=positive, default=512, help="of ours: less memory, a little slower"
+    )
     parser.add_argument("--loss", default="reverse_kl", help="of ours")
     parser.add_argument("--apart", action="store_true", help="one after the other: memory for one at a time")
     parser.add_argument("--alone", action="store_true", help="ours only")
@@ -222,8 +226,14 @@ def main():
         )
     tokens = statistics.median(r["tokens"] for r in rows["ours"])
     low = floor(args, tokens, statistics.median(r["prompt_tokens"] for r in rows["ours"]))
-    parts = [f"{low[k]:.1f}" for k in ("sample_s", "teacher_s", "student_s")]
-    print(f"| floor | | {tokens:.0f} | {sum(map(float, parts)):.1f} | {' | '.join(parts)} | |")
+    names = ("sample_s", "teacher_s", "student_s")
+    mid = [statistics.median(r[k] for r in rows["ours"]) for k in names]
+    for name, parts in (
+        ("floor", [low[k] for k in names]),
+        ("ours / floor", [x / low[k] for x, k in zip(mid, names, strict=True)]),
+    ):
+        whole = sum(low[k] for k in names) if name == "floor" else sum(mid) / sum(low[k] for k in names)
+        print(f"| {name} | | {tokens:.0f} | {' | '.join(f'{x:.1f}' for x in (whole, *parts))} | |")
     print(f"floor: {low['rate_gmadds']:.0f} G multiply-adds/s, {low['bandwidth_gb']:.0f} GB/s")
 
 
