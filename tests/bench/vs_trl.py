@@ -4,7 +4,7 @@
     python tests/bench/vs_trl.py smollm2 --prompts 8 --samples 1 --new_tokens 64 --steps 5
     python tests/bench/vs_trl.py smollm2 --prompts 8 --samples 1 --new_tokens 64 --steps 5 --no_end
     python tests/bench/vs_trl.py smollm2 --prompts 12 --samples 1 --new_tokens 192 --steps 5     # ragged
-    python tests/bench/vs_trl.py smollm2 --prompts 16 --samples 4 --steps 5 --apart --chunk_tokens 128  # 24 GB
+    python tests/bench/vs_trl.py smollm2 --prompts 16 --samples 4 --apart --chunk_tokens 128  # 24 GB
 
 Full-vocabulary reverse KL, float32, AdamW, temperature 1, every row in one forward pass, no recomputation.
 The two take turns, step by step, so that a slow minute of the machine hits both. Medians after one step of
