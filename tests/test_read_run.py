@@ -195,5 +195,8 @@ def test_page_in_a_browser(page, tmp_path):
     script = f"let a = {tips}; document.querySelectorAll('[tabindex]')[2].focus(); let b = {tips};"
     script = f"<script>{script} document.title = a.length + ' then ' + b.join('|')</script></body>"
     (tmp_path / "copy.html").write_text(re.sub("<meta http-equiv.*", "", text).replace("</body>", script))
-    title = re.search(r"<title>(.*?)</title>", dom(tmp_path / "copy.html"), re.DOTALL)[1]
+    for _ in range(5):  # now and then the browser's window has no focus yet when the script asks for it
+        title = re.search(r"<title>(.*?)</title>", dom(tmp_path / "copy.html"), re.DOTALL)[1]
+        if title != "0 then ":
+            break
     assert title.startswith("0 then position 3 of ") and title.count("top 5") == 2 * title.count("position")
