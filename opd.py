@@ -473,14 +473,15 @@ def few_rows_linear(weight, bias, x):
 def few_rows(model):
     """On a CPU, inside, a model's large linear layers multiply weight @ x.T: with the few rows of a decoding
     step the matrix library is up to twice as fast that way round (tests/bench/decode.py)."""
-    layers = [x for x in model.modules() if type(x) is torch.nn.Linear and x.weight.numel() >= 2**16]
-    for layer in layers if model.device.type == "cpu" else []:
+    layers = [x for x in model.modules() if type(x) is torch.nn.Linear and "forward" not in vars(x)]
+    layers = [x for x in layers if x.weight.device.type == "cpu" and x.weight.numel() >= 2**16]
+    for layer in layers:
         layer.forward = functools.partial(few_rows_linear, layer.weight, layer.bias)
     try:
         yield
     finally:
         for layer in layers:
-            vars(layer).pop("forward", None)
+            del layer.forward
 
 
 @torch.no_grad()

@@ -406,7 +406,6 @@ def test_a_prompt_is_prefilled_once_for_all_its_samples(model, forwards, n):
 def test_few_rows_of_large_layers_are_multiplied_the_other_way_round(shape, bias):
     layer, small = torch.nn.Linear(256, 257, bias=bias), torch.nn.Linear(255, 257)
     model = torch.nn.Sequential(layer, small)
-    model.device = torch.device("cpu")
     x = torch.randn(*shape, 256, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = layer(x)
@@ -416,6 +415,15 @@ def test_few_rows_of_large_layers_are_multiplied_the_other_way_round(shape, bias
     assert "forward" not in vars(layer)  # scoring multiplies as ever
     assert found.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_few_rows_leaves_a_layers_own_forward_and_other_devices_alone(device):
+    layer, other = (torch.nn.Linear(256, 256, device=device) for _ in range(2))
+    layer.forward = own = lambda x: x  # as the hooks of other libraries set it
+    with opd.few_rows(torch.nn.Sequential(layer, other)):
+        assert layer.forward is own and ("forward" in vars(other)) == (device == "cpu")
+    assert layer.forward is own and "forward" not in vars(other)
 
 
 def test_sampling_turns_large_layers_for_the_decoding_steps_only(monkeypatch):
