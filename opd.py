@@ -397,6 +397,7 @@ def load_pair(student_path, teacher_path, args, device):
         ends = model.generation_config.eos_token_id if model.generation_config else None
         stop_ids |= set(ends) if isinstance(ends, list | tuple) else {ends}
         check_projection(model, f"--{flag} {getattr(args, flag)}")
+        model.shares_prompts = can_share_prompts(model)
     return student, teacher, tokenizer, sorted(i for i in stop_ids if i is not None and i < vocab)
 
 
@@ -435,6 +436,27 @@ def check_projection(model, where):
     if not gap.abs().max() <= tolerance:
         why = f"the logits of {name} cannot be made from its last hidden states"
         raise UserError(f"{where}: {why}; use another model")
+
+
+@torch.no_grad()
+def can_share_prompts(model):
+    """Whether completions of one prompt may share a row (see completion_hidden): not where attention has
+    windows, which a mask of our own would undo, nor where a short test shows other hidden states."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if getattr(config, "sliding_window", None) or kinds - {"full_attention"}:
+        return False
+    ids = [i % model.vocab_in_use for i in range(12)]
+    prompt, completions = ids[:3], [ids[3:8], ids[8:]]
+    bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        alone = torch.cat([completion_hidden(model, [prompt], [completion]) for completion in completions])
+        model.shares_prompts = True
+        try:
+            together = completion_hidden(model, [prompt] * 2, completions)
+        except Exception:  # whatever a model raises at a mask that it does not take
+            return False
+    return ((alone - together).abs().mean() <= (0.05 if bf16 else 1e-4) * alone.abs().mean()).item()
 
 
 # ----------------------------------------------------------------------------------------------------- sample
@@ -537,21 +559,47 @@ def sample(model, prompts, n, stop_ids, key, prompt_keys, max_new_tokens, temper
 # ------------------------------------------------------------------------------------------------------ score
 
 
-def completion_hidden(model, prompts, completions):
-    """The hidden states that predict each completion token, [N,D], row after row. THE causal shift is here.
+def shared_rows(model, prompts, completions):
+    """Which completions share a row of a scoring pass: lists of indices. Neighbours with one prompt (the same
+    list, as in what sample returns) do, up to 1,024 tokens: attention's cost is the square of a row."""
+    rows, tokens = [], 0
+    for i, completion in enumerate(completions):
+        same = i > 0 and prompts[i] is prompts[i - 1] and getattr(model, "shares_prompts", False)
+        if not same or tokens + len(completion) > 1024:
+            rows, tokens = [*rows, []], 0
+        rows[-1].append(i)
+        tokens += len(completion)
+    return rows
 
-    Rows are padded on the right, and causal attention never looks right: no attention mask is needed and no
-    token id is special. The state at position i predicts token i + 1, so a completion that starts at position
-    P is predicted from P - 1 on; its last token predicts nothing that is needed and is not fed.
+
+def completion_hidden(model, prompts, completions):
+    """The hidden states that predict each completion token, [N,D], one completion after the other.
+
+    THE causal shift is here: the state at position i predicts token i + 1, so a completion that starts at
+    position P is predicted from P - 1 on; its last token predicts nothing that is needed and is not fed.
+    A row is a prompt and its completion, padded on the right, and causal attention never looks right: no
+    attention mask is needed and no token id is special. Where several completions of a prompt share a row,
+    each has the positions that it would have alone, and a mask lets it see the prompt and itself.
     """
-    rows = [prompt + completion[:-1] for prompt, completion in zip(prompts, completions, strict=True)]
-    width, device = max(map(len, rows)), model.device
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)  # [B,L]
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # [B,L,D]
-    first = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=device)  # [B,1]
-    end = torch.tensor([[len(row)] for row in rows], device=device)  # [B,1]
-    at = torch.arange(width, device=device)  # [L]
-    return hidden[(first <= at) & (at < end)]  # [N,D]
+    rows, states = [], []
+    for b, shared in enumerate(shared_rows(model, prompts, completions)):
+        prompt = prompts[shared[0]]
+        row = [(y, t, 0) for t, y in enumerate(prompt)]  # token id, position, part: 0 is the prompt
+        for part, i in enumerate(shared, start=1):  # 1, 2, ... are its completions
+            fed = completions[i][:-1]
+            states += [(b, len(prompt) - 1), *((b, len(row) + t) for t in range(len(fed)))]
+            row += [(y, len(prompt) + t, part) for t, y in enumerate(fed)]
+        rows.append(row)
+    width = max(map(len, rows))
+    rows = [row + [(0, 0, -1)] * (width - len(row)) for row in rows]
+    ids, position, part = torch.tensor(rows, device=model.device).unbind(-1)  # [B,L] each
+    options = {}
+    if len(rows) < len(prompts):
+        causal = torch.ones(width, width, dtype=torch.bool, device=model.device).tril()  # [L,L]
+        seen = causal & ((part[:, :, None] == part[:, None]) | (part[:, None] == 0))  # [B,L,L]
+        options = {"attention_mask": seen[:, None], "position_ids": position}
+    hidden = model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state  # [B,L,D]
+    return hidden[torch.tensor(states, device=model.device).unbind(-1)]  # [N,D]
 
 
 # name -> (family, call). What a call is given, all of it at the loss temperature:
@@ -657,7 +705,8 @@ def distill(student, teacher, rollouts, teacher_prompts, loss, args, total_token
         sizes = [len(completion) for completion in completions]
         advantage = advantages(student, hidden, teacher, teacher_hidden, tokens, sizes, args)
 
-    sums, hidden_grads = torch.zeros(len(TOKEN_METRICS), dtype=torch.float64, device=device), []
+    sums = torch.zeros(len(TOKEN_METRICS), dtype=torch.float64, device=device)
+    hidden_grad = torch.empty_like(hidden)  # [N,D]; pieces of it would break up the heap
     for start in range(0, len(tokens), args.chunk_tokens):
         chunk = slice(start, start + args.chunk_tokens)
         with timed(seconds, "teacher_s", device), torch.no_grad():
@@ -669,12 +718,12 @@ def distill(student, teacher, rollouts, teacher_prompts, loss, args, total_token
             loss_sum = token_loss(loss, *inputs, args).sum()
             if training:
                 (loss_sum / total_tokens).backward()
-                hidden_grads.append(leaf.grad)
+                hidden_grad[chunk] = leaf.grad
         metrics = token_metrics(logits.detach(), teacher_logits, tokens[chunk], args)
         sums += torch.cat([loss_sum.detach().double()[None], metrics])
     if training:
         with timed(seconds, "student_s", device):
-            hidden.backward(torch.cat(hidden_grads))
+            hidden.backward(hidden_grad)
     return sums, seconds
 
 
@@ -858,8 +907,11 @@ def update(student, teacher, rollouts, teacher_prompts, loss, optimizer, args, s
     total_tokens = all_reduce(torch.tensor(sum(len(r.completion) for r in rollouts), device=device)).item()
     optimizer.zero_grad()
     sums, seconds = torch.zeros(len(TOKEN_METRICS), dtype=torch.float64, device=device), {}
-    order = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt) + len(rollouts[i].completion))
-    for start in range(0, len(order), args.micro_batch_size):  # rows of like length: little padding
+    prompts, completions = [r.prompt for r in rollouts], [r.completion for r in rollouts]
+    rows = shared_rows(student, prompts, completions)
+    rows.sort(key=lambda row: len(prompts[row[0]]) + sum(len(completions[i]) for i in row))
+    order = [i for row in rows for i in row]  # rows of like length: little padding
+    for start in range(0, len(order), args.micro_batch_size):
         micro = order[start : start + args.micro_batch_size]
         ours, theirs = [rollouts[i] for i in micro], [teacher_prompts[i] for i in micro]
         some, spent = distill(student, teacher, ours, theirs, loss, args, total_tokens)

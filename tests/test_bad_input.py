@@ -608,6 +608,7 @@ def test_ranks_say_it_once(name, needed, shell):
         ("endurance --steps 0", "'0' is not a whole number of at least 1"),
         ("fuzz --only 7", "--only 7: write valid:NUMBER or invalid:NUMBER"),
         ("kill --kills -3", "'-3' is not a whole number of at least 1"),
+        ("memory --limit none", "'none' is not a whole number of at least 1"),
         ("scaling nowhere", "no student/config.json in nowhere"),
         ("vs_trl nowhere", "build it with tutorials/smollm2.py --out nowhere"),
     ],

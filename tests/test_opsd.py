@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -482,6 +483,7 @@ def seen(monkeypatch):
         result[1].base_model.register_forward_pre_hook(feed, with_kwargs=True)
 
     watch("load_model", loaded)
+    watch("load_pair", lambda *_: (seen.scored.clear(), seen.fed.clear()))  # what was tried out at the start
     watch("sample", lambda out, model, prompts, *_: seen.sampled.append((model, prompts, list(out))))
     watch("completion_hidden", lambda _, *call: seen.scored.append(call))
     watch("evaluate", lambda _, *call: seen.evaluated.append(call))
@@ -578,9 +580,13 @@ def test_both_score_the_very_ids_that_were_sampled(teacher_mode, run, seen):
     assert len({len(told) - len(bare) for (bare, _), (told, _) in zip(ours, theirs, strict=True)}) > 2
 
     fed = [row for body, ids in seen.fed for row in ids if body is teacher.base_model]
-    for prompt, completion in theirs:
-        row = prompt + completion[:-1]
-        assert any(ids[: len(row)] == row and not any(ids[len(row) :]) for ids in fed)
+    shared = 0
+    for (_, prompts, completions), _ in calls:  # the completions of one prompt share a row
+        for _, group in groupby(zip(prompts, completions, strict=True), key=lambda pair: id(pair[0])):
+            (prompt, *_), texts = zip(*group, strict=True)
+            row, shared = prompt + [i for text in texts for i in text[:-1]], shared + (len(texts) == 2)
+            assert any(ids[: len(row)] == row and not any(ids[len(row) :]) for ids in fed)
+    assert shared >= 4
     # Text in between would have been seen: what was written is not what its text encodes to.
     assert any(tokenizer(tokenizer.decode(y)).input_ids != y for _, y in ours)
 

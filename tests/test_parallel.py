@@ -140,10 +140,24 @@ def test_a_signal_to_torchrun_lets_both_ranks_finish_the_step_and_save(two_ranks
     assert [row["step"] for row in rows(out)] == list(range(1, last + 2))
 
 
+def ranks_of(process):
+    """The process ids of torchrun's ranks."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children if "opd.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(two_ranks, rank):
+    """Whichever it comes to, and at whatever moment of the step: they agree before either leaves the loop."""
+    process, out = two_ranks
+    os.kill(ranks_of(process)[rank], signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and output.count("and saved: continue with --resume") == 1, errors
+    assert [folder.name for folder in opd.checkpoints(out)] == [f"step_{rows(out)[-1]['step']:06d}"]
+
+
 def test_a_rank_that_is_killed_ends_the_job(two_ranks):
     process, out = two_ranks
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = [pid for pid in children if "opd.py" in Path(f"/proc/{pid}/cmdline").read_text()]
-    os.kill(int(ranks[1]), signal.SIGKILL)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)  # not a hang
     assert process.returncode != 0 and "SIGKILL" in errors

@@ -208,6 +208,168 @@ def test_row_order_and_longer_rows_do_not_matter(student):
         assert torch.allclose(states[i], longer[i], atol=1e-5)
 
 
+# ------------------------------------------------------------------------ completions that share their prompt
+
+
+@pytest.fixture
+def fed(monkeypatch):
+    """The shape [rows, tokens] of every scoring pass of a model that is watched."""
+    shapes = []
+
+    def watch(model):
+        def note(_, args, kwargs):
+            if kwargs.get("input_ids") is not None and not kwargs.get("use_cache", True):
+                shapes.append((model, tuple(kwargs["input_ids"].shape)))
+
+        handles.append(model.base_model.register_forward_pre_hook(note, with_kwargs=True))
+        return shapes
+
+    handles = []
+    yield watch
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.fixture
+def sharing(student, teacher, monkeypatch):
+    for model in (student, teacher):
+        monkeypatch.setattr(model, "shares_prompts", True, raising=False)
+
+
+@pytest.fixture(scope="module")
+def groups(student):
+    """Ragged completions, three of each prompt."""
+    found = opd.sample(student, PROMPTS[:4], 3, [EOS, 7, 20, 30, 31, 40], (4, 1), range(4), 14, HEAT)
+    assert len({len(r.completion) for r in found}) >= 4 and min(len(r.completion) for r in found) == 1
+    return found
+
+
+SHARING = ["llama", "qwen3", "gpt2", "granite", "cohere", "mixtral", "qwen3_moe", "falcon"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_completions_in_one_row_have_the_states_that_they_have_alone(family, fed):
+    model, generator = make_family(family), torch.Generator().manual_seed(0)
+    model.vocab_in_use = VOCAB
+    model.shares_prompts = opd.can_share_prompts(model)
+    assert model.shares_prompts == (family in SHARING)  # the others look back through windows
+    sizes, prompts = [4, 1, 9, 3, 6, 2, 1], [PROMPTS[i] for i in (0, 0, 0, 1, 2, 2, 2)]
+    completions = [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in sizes]
+    with torch.no_grad():
+        shapes = fed(model)
+        states = opd.completion_hidden(model, prompts, completions)
+        assert [shape[0] for _, shape in shapes] == [3 if model.shares_prompts else 7]
+        for prompt, completion, some in zip(prompts, completions, states.split(sizes), strict=True):
+            alone = model.base_model(input_ids=torch.tensor([prompt + completion])).last_hidden_state[0]
+            for t in range(len(completion)):
+                assert torch.allclose(some[t], alone[len(prompt) + t - 1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "sg_topk", "pg", "sft"])
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 12])  # 4: a prompt's completions in two micro-batches
+def test_shared_prompts_give_the_reference(student, teacher, groups, sharing, fed, name, micro_batch_size):
+    args = arguments(name, gamma=0.5, micro_batch_size=micro_batch_size, max_grad_norm=math.inf)
+    expected_loss, expected = reference(student, teacher, groups, args, name)
+    loss, prompts = opd.SFT if name == "sft" else opd.LOSSES[name], [r.prompt for r in groups]
+    still, shapes = torch.optim.SGD(student.parameters(), lr=0.0), fed(student)
+    row = opd.update(student, teacher, groups, prompts, loss, still, args, 1)
+    assert row["loss"] == approx(expected_loss, rel=1e-5, abs=1e-6)
+    close(gradients(student), expected)
+    assert sum(shape[0] for _, shape in shapes) == {1: 12, 4: 6, 12: 4}[micro_batch_size]
+
+
+def test_a_teacher_with_prompts_of_its_own_shares_those(student, teacher, groups, sharing, fed):
+    longer = [[11, 12, 13] * (i + 1) + groups[3 * i].prompt for i in range(4) for _ in range(3)]
+    theirs = [longer[3 * (i // 3)] for i in range(12)]  # one list for each three, as opsd.py has them
+    args, loss = arguments("reverse_kl"), opd.LOSSES["reverse_kl"]
+    apart, _ = opd.distill(student, teacher, groups, longer, loss, args, None)
+    shapes = fed(teacher)
+    shared, _ = opd.distill(student, teacher, groups, theirs, loss, args, None)
+    assert [shape[0] for _, shape in shapes] == [4]
+    assert torch.allclose(shared, apart, rtol=1e-5)
+
+
+def test_equal_prompts_that_are_not_one_list_keep_their_own_rows(student, sharing):
+    prompt, completions = [5, 6, 7], [[8, 9], [10], [11, 12]]
+    assert opd.shared_rows(student, [prompt, prompt, [*prompt]], completions) == [[0, 1], [2]]
+
+
+def test_a_row_takes_at_most_1024_completion_tokens(student, sharing):
+    sizes = [1000, 24, 1, 600, 500, 2000, 3, 1021]
+    rows = opd.shared_rows(student, [[5]] * len(sizes), [[8] * n for n in sizes])
+    assert rows == [[0, 1], [2, 3], [4], [5], [6, 7]]
+
+
+def test_rows_of_like_length_are_scored_together(student, teacher, groups, sharing, fed):
+    """Sorted by all that a row holds, so that a micro-batch has little padding."""
+    args, still = arguments("reverse_kl", micro_batch_size=3), torch.optim.SGD(student.parameters(), lr=0.0)
+    shapes = fed(student)
+    loss, prompts = opd.LOSSES["reverse_kl"], [r.prompt for r in groups]
+    opd.update(student, teacher, groups, prompts, loss, still, args, 1)
+    size = [
+        len(groups[3 * i].prompt) + sum(len(r.completion) - 1 for r in groups[3 * i :][:3]) for i in range(4)
+    ]
+    assert [shape for _, shape in shapes] == [(1, n) for n in sorted(size)] and sorted(size) != size
+
+
+@pytest.mark.parametrize("family, config", [
+    ("mistral", dict(sliding_window=200)),
+    ("gpt_neo", dict(window_size=200)),
+    ("qwen3", dict(layer_types=["sliding_attention", "full_attention"], sliding_window=200)),
+    ("qwen3", dict(layer_types=["full_attention", "linear_attention"])),
+])  # fmt: skip
+def test_models_with_windows_do_not_share_however_long_the_window(family, config):
+    """A mask of our own would take its place, and in short rows no number would tell."""
+    model = make_family(family, **{k: v for k, v in config.items() if k != "layer_types"})
+    if "layer_types" in config:
+        model.config.layer_types = config["layer_types"]
+    model.vocab_in_use = VOCAB
+    assert not opd.can_share_prompts(model)
+
+
+def test_a_model_that_ignores_or_refuses_our_mask_does_not_share(student, monkeypatch):
+    monkeypatch.setattr(student, "vocab_in_use", VOCAB, raising=False)
+    forward = student.base_model.forward
+    assert opd.can_share_prompts(student)
+
+    def ignores(**inputs):
+        return forward(**{name: x for name, x in inputs.items() if name != "attention_mask"})
+
+    def refuses(attention_mask=None, **inputs):
+        if attention_mask is not None:
+            raise ValueError("masks of two dimensions only")
+        return forward(**inputs)
+
+    for other in (ignores, refuses):
+        monkeypatch.setattr(student, "shares_prompts", False)
+        monkeypatch.setattr(student.base_model, "forward", other)
+        assert not opd.can_share_prompts(student)
+
+
+def test_a_run_shares_its_prompts_in_both_models_and_in_evaluation(tiny, tmp_path, monkeypatch):
+    calls, hidden = [], opd.completion_hidden
+
+    def counted(model, prompts, completions):
+        calls.append(
+            (len(opd.shared_rows(model, prompts, completions)), len(set(map(id, prompts))), len(prompts))
+        )
+        return hidden(model, prompts, completions)
+
+    monkeypatch.setattr(opd, "completion_hidden", counted)
+    run = {**SMALL, **tiny, "steps": 1, "samples_per_prompt": 3, "eval_samples": 2, "eval_every": 1}
+    run["micro_batch_size"] = 6
+    together = opd.train(opd.Args(**{**run, "out": str(tmp_path / "together")}))
+    assert all(rows == prompts for rows, prompts, _ in calls)
+    assert calls.count((2, 2, 6)) == 4 and calls.count((3, 3, 6)) >= 4  # training, evaluation: both models
+    calls.clear()
+    monkeypatch.setattr(opd, "can_share_prompts", lambda model: False)
+    apart = opd.train(opd.Args(**{**run, "out": str(tmp_path / "apart")}))
+    assert all(rows == completions for rows, _, completions in calls)
+    for some, others in zip(together, apart, strict=True):
+        for name in {"loss", "reverse_kl", "grad_norm", "eval_reverse_kl"} & set(some):
+            assert some[name] == approx(others[name], rel=1e-4), name
+
+
 # ----------------------------------------------------------------------- chunks, micro-batches, the reference
 
 

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from flags import positive
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 TOKENS, VOCABULARIES, LOSSES = (512, 2048, 8192), (32_000, 152_000), ("reverse_kl", "sg_topk", "pg")
@@ -68,7 +70,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--one", nargs=4, help="tokens, vocabulary, loss, chunk: for a child process")
-    parser.add_argument("--limit", type=float, default=16, help="GB: what would need more is not tried")
+    parser.add_argument("--limit", type=positive, default=16, help="GB: what would need more is not tried")
     parser.add_argument("--plot", help="file for the figure")
     args = parser.parse_args()
     if args.one:

@@ -167,7 +167,7 @@ def floor(args, tokens, prompt_tokens):
         layer += 3 * c.hidden_size * c.intermediate_size
         sizes.append((layer * c.num_hidden_layers, c.vocab_size * c.hidden_size))
     (body, head), (teacher_body, teacher_head) = sizes
-    read = tokens + prompt_tokens  # tokens that a scoring pass reads, no padding
+    read = tokens + prompt_tokens / args.samples  # what a scoring pass reads: no padding, each prompt once
     once = (body + head) * 4 * args.new_tokens / bandwidth  # all weights once for each decoding step
     return {
         "rate_gmadds": rate / 1e9,
