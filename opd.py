@@ -191,7 +191,10 @@ def set_up(args):
 
 def keep_freed_memory():
     """Let glibc keep what one tensor frees for the next. By default every large tensor's pages go back to the
-    kernel and come again zeroed, which took a quarter of an update's time. With another libc: no change."""
+    kernel and come again zeroed, which took a quarter of an update's time. With another libc: no change.
+    Until its first tensor, torch can also be told to begin large ones on pages of their own, and to ask for
+    huge pages: they leave fewer holes, and the most memory is a tenth to a fifth less (SmolLM2, 8 rows)."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError, TypeError):
         for parameter, value in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, value)

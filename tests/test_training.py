@@ -752,11 +752,16 @@ if sys.argv[1] == "set_up":
 for _ in range(6):  # the last: two places take turns
     before = faults()
     torch.ones(2**25)  # 128 MB
-print(faults() - before)
+print(faults() - before, all(torch.empty(2**20 + n).data_ptr() % 4096 == 0 for n in range(5)))
 """
 
-    def faults(*words):
+    def measure(*words):  # -> page faults, whether large tensors begin on a page of their own
         command = [sys.executable, "-c", program, *words]
-        return int(subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout)
+        env = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=env)
+        faults, aligned = run.stdout.split()
+        return int(faults), aligned
 
-    assert faults("set_up", "nowhere") < 1000 < 10_000 < faults("plain")
+    (few, aligned), (many, not_aligned) = measure("set_up", "nowhere"), measure("plain")
+    assert few < 1000 < 10_000 < many
+    assert (aligned, not_aligned) == ("True", "False")
