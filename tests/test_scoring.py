@@ -212,7 +212,7 @@ def test_row_order_and_longer_rows_do_not_matter(student):
 
 
 @pytest.fixture
-def fed(monkeypatch):
+def fed():
     """The shape [rows, tokens] of every scoring pass of a model that is watched."""
     shapes = []
 
