@@ -487,10 +487,11 @@ def sampling_logp(logits, temperature, top_p):
 def few_rows_linear(weight, bias, x):
     """x @ weight.T + bias as (weight @ x.T).T, rows filled up to a multiple of 4, or of 8."""
     rows = x.reshape(-1, x.shape[-1])  # [R,D]
-    if len(rows) < 2:
+    if (r := len(rows)) < 2:
         return torch.nn.functional.linear(x, weight, bias)
-    filled = torch.nn.functional.pad(rows, (0, 0, 0, -len(rows) % (4 if len(rows) < 5 else 8)))
-    y = (weight @ filled.T).T[: len(rows)].contiguous().view(*x.shape[:-1], -1)
+    if filling := -r % (4 if r < 5 else 8):
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, filling))
+    y = torch.mm(weight, rows.t()).t()[:r].contiguous().view(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 

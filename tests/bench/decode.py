@@ -2,6 +2,7 @@
 and with plain linear layers.
 
     python tests/bench/decode.py smollm2               # what tutorials/smollm2.py built
+    python tests/bench/decode.py smollm2 --compile     # minutes: needs a C++ compiler
 
 The cache with room is not in opd.py: transformers' copies all of itself to grow by a token, and yet the body
 is hardly slower for it.
@@ -57,13 +58,15 @@ class Room(DynamicLayer):
         return self.keys, self.values
 
 
-def decoder(model, rows, width, layer=None):
+def decoder(model, rows, width, layer=None, compiled=False):
     """-> a function that takes one decoding step of these rows, from `width` tokens on."""
     ids, cache = torch.randint(model.vocab_in_use, (rows, width)), DynamicCache(config=model.config)
     if layer:
         cache.layers = [layer() for _ in cache.layers]
     body = model.base_model
     body(input_ids=ids, past_key_values=cache, use_cache=True)
+    if compiled:
+        body = torch.compile(body, dynamic=True)  # the cache grows by a token each step
 
     def step():
         position = torch.full((rows, 1), cache.get_seq_length())
@@ -98,6 +101,18 @@ def parts(model, rows, width):
     return {**found, "body's matrix products": own / 5 / 1000}
 
 
+@torch.no_grad()
+def compiled(model, rows, width, first=3, n=20):
+    """-> seconds of the first steps, in which torch.compile is at work, and the median ms of those after."""
+    step, spent = decoder(model, rows, width, compiled=True), []
+    with opd.few_rows(model):
+        for _ in range(first + n):
+            start = time.perf_counter()
+            step()
+            spent.append(time.perf_counter() - start)
+    return sum(spent[:first]), 1000 * statistics.median(spent[first:])
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -105,6 +120,7 @@ def main():
     parser.add_argument("folder", type=models, help="what tutorials/smollm2.py built")
     parser.add_argument("--rows", type=positive, nargs="+", default=[4, 8, 12, 64])
     parser.add_argument("--width", type=positive, default=90, help="tokens in the cache")
+    parser.add_argument("--compile", action="store_true", help="also a body compiled by torch.compile")
     args = parser.parse_args()
     opd.keep_freed_memory()
     tokenizer, model = opd.load_model(f"{args.folder}/student", "student", torch.float32, "cpu")
@@ -113,6 +129,9 @@ def main():
     print(f"ms of a decoding step | {' | '.join(f'{rows} rows' for rows in args.rows)}")
     for name in found[0]:
         print(f"| {name} | {' | '.join(f'{one[name]:.0f}' for one in found)} |")
+    if args.compile:
+        seconds, step = compiled(model, args.rows[0], args.width)
+        print(f"body compiled, {args.rows[0]} rows: {step:.0f} ms, after {seconds:.0f} s for the first steps")
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@
     python tests/bench/vs_trl.py smollm2 --prompts 12 --samples 1 --new_tokens 192 --steps 5     # ragged
     python tests/bench/vs_trl.py smollm2 --prompts 16 --samples 4 --apart --chunk_tokens 128  # 24 GB
 
-Full-vocabulary reverse KL, float32, AdamW, temperature 1, every row in one forward pass, no recomputation.
-The two take turns, step by step, so that a slow minute of the machine hits both. Medians after one step of
-warm-up. Lengths differ by chance: what counts is seconds per 1,000 completion tokens; with --no_end no
-completion ends before the limit, and both do exactly the same work. --loss compares another of our losses.
+Full-vocabulary reverse KL, float32, AdamW, temperature 1, no recomputation. Every row in one scoring forward,
+or --micro_batch_size rows (TRL: so many a device, and gradient accumulation). The two take turns, step by
+step, so that a slow minute of the machine hits both. Medians after one step of warm-up. Lengths differ by
+chance: what counts is seconds per 1,000 completion tokens; with --no_end no completion ends before the limit,
+and both do exactly the same work. --loss compares another of our losses.
 
 The floor is arithmetic: multiply-adds of the forward and backward passes at the matrix rate that this machine
 reaches now (each prompt's prefill once, however many samples), and for each decoding step all weights once
@@ -66,8 +67,8 @@ def ours(args):
 
     opd.batch_of, opd.record, opd.sample = turn, told, counted
     with tempfile.TemporaryDirectory() as out:
-        rows = args.prompts * args.samples
-        options = {"batch_size": args.prompts, "samples_per_prompt": args.samples, "micro_batch_size": rows}
+        options = {"batch_size": args.prompts, "samples_per_prompt": args.samples}
+        options["micro_batch_size"] = args.micro_batch_size
         paths = {"student": f"{args.folder}/student", "teacher": f"{args.folder}/teacher"}
         paths |= {"data": f"{args.folder}/train.jsonl", "out": f"{out}/run"}
         limits = {
@@ -109,7 +110,8 @@ def trl(args):
     with tempfile.TemporaryDirectory() as out:
         config = DistillationConfig(
             output_dir=out, beta=1.0, temperature=1.0, max_completion_length=args.new_tokens,
-            per_device_train_batch_size=args.prompts * args.samples, gradient_accumulation_steps=1,
+            per_device_train_batch_size=args.micro_batch_size,
+            gradient_accumulation_steps=args.prompts * args.samples // args.micro_batch_size,
             use_cpu=True, bf16=False, gradient_checkpointing=False, learning_rate=1e-5, max_steps=10**5,
             lr_scheduler_type="constant", warmup_steps=0,
             weight_decay=0.0, adam_beta2=0.98, max_grad_norm=1.0, shuffle_dataset=False, save_strategy="no",
@@ -186,6 +188,9 @@ def main():
     parser.add_argument("--prompts", type=positive, default=8)
     parser.add_argument("--samples", type=positive, default=1)
     parser.add_argument("--new_tokens", type=positive, default=64)
+    parser.add_argument(
+        "--micro_batch_size", type=positive, help="rows a forward when scoring (default: all)"
+    )
     parser.add_argument("--steps", type=positive, default=5)
     parser.add_argument("--no_end", action="store_true", help="no completion ends before --new_tokens")
     parser.add_argument(
@@ -196,6 +201,10 @@ def main():
     parser.add_argument("--alone", action="store_true", help="ours only")
     parser.add_argument("--side", choices=["ours", "trl"], help="what a child process is told")
     args = parser.parse_args()
+    rows = args.prompts * args.samples
+    args.micro_batch_size = args.micro_batch_size or rows
+    if rows % args.micro_batch_size:
+        parser.error(f"--micro_batch_size {args.micro_batch_size}: must divide the {rows} rows")
     if args.side:
         return {"ours": ours, "trl": trl}[args.side](args)
     names = ["ours"] if args.alone else ["ours", "trl"]
@@ -224,6 +233,11 @@ def main():
         print(
             f"| {name} | {per_token:.1f} | {mid['tokens']:.0f} | {' | '.join(rest)} | {mid['peak_gb']:.1f} |"
         )
+    if not args.alone:
+        cost = {name: [r["seconds"] / r["tokens"] for r in rows[name]] for name in names}
+        pairs = sorted(a / b for a, b in zip(cost["ours"], cost["trl"], strict=True))
+        ratio = statistics.median(cost["ours"]) / statistics.median(cost["trl"])
+        print(f"ours / trl: {ratio:.2f} by these medians; step by step {pairs[0]:.2f} to {pairs[-1]:.2f}")
     tokens = statistics.median(r["tokens"] for r in rows["ours"])
     low = floor(args, tokens, statistics.median(r["prompt_tokens"] for r in rows["ours"]))
     names = ("sample_s", "teacher_s", "student_s")
