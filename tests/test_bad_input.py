@@ -611,11 +611,18 @@ def test_ranks_say_it_once(name, needed, shell):
         ("memory --limit none", "'none' is not a whole number of at least 1"),
         ("scaling nowhere", "no student/config.json in nowhere"),
         ("vs_trl nowhere", "build it with tutorials/smollm2.py --out nowhere"),
+        ("vs_trl HERE --prompts 8 --micro_batch_size 3", "--micro_batch_size 3: must divide the 8 rows"),
+        ("vs_trl HERE --loss kl", "--loss kl: unknown; choose one of forward_kl"),
+        ("vs_trl HERE --rival tr1", "--rival tr1: unknown; choose one of trl forward_kl"),
+        ("vs_trl HERE --side them", "--side them: unknown; choose one of ours trl"),
     ],
 )
-def test_flag_of_a_bench(words, needed, capsys, monkeypatch):
+def test_flag_of_a_bench(words, needed, capsys, monkeypatch, tmp_path):
     bench = Path(opd.__file__).parent / "tests" / "bench"
-    name, *rest = words.split()
+    for file in ("student/config.json", "teacher/config.json", "train.jsonl"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    name, *rest = words.replace("HERE", str(tmp_path)).split()
     monkeypatch.setattr(sys, "path", [str(bench), *sys.path])
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *rest])
     with pytest.raises(SystemExit) as exit:

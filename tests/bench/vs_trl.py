@@ -10,7 +10,7 @@ Full-vocabulary reverse KL, float32, AdamW, temperature 1, no recomputation. Eve
 or --micro_batch_size rows (TRL: so many a device, and gradient accumulation). The two take turns, step by
 step, so that a slow minute of the machine hits both. Medians after one step of warm-up. Lengths differ by
 chance: what counts is seconds per 1,000 completion tokens; with --no_end no completion ends before the limit,
-and both do exactly the same work. --loss compares another of our losses.
+and both do exactly the same work. --loss compares another of our losses, --rival two of them.
 
 The floor is arithmetic: multiply-adds of the forward and backward passes at the matrix rate that this machine
 reaches now (each prompt's prefill once, however many samples), and for each decoding step all weights once
@@ -197,17 +197,29 @@ def main():
         "--chunk_tokens", type=positive, default=512, help="of ours: less memory, a little slower"
     )
     parser.add_argument("--loss", default="reverse_kl", help="of ours")
+    parser.add_argument(
+        "--rival", default="trl", help="what takes turns with ours: trl, or ours with that loss"
+    )
     parser.add_argument("--apart", action="store_true", help="one after the other: memory for one at a time")
     parser.add_argument("--alone", action="store_true", help="ours only")
-    parser.add_argument("--side", choices=["ours", "trl"], help="what a child process is told")
+    parser.add_argument("--side", help="what a child process is told")
     args = parser.parse_args()
     rows = args.prompts * args.samples
     args.micro_batch_size = args.micro_batch_size or rows
     if rows % args.micro_batch_size:
         parser.error(f"--micro_batch_size {args.micro_batch_size}: must divide the {rows} rows")
+    if args.side == "trl":
+        return trl(args)
+    import opd
+
+    for flag, names in (("loss", []), ("rival", ["trl"]), ("side", ["ours", "trl"])):
+        value, names = getattr(args, flag), [*names, *opd.LOSSES]
+        if value is not None and value not in names:
+            parser.error(f"--{flag} {value}: unknown; choose one of {' '.join(names)}")
     if args.side:
-        return {"ours": ours, "trl": trl}[args.side](args)
-    names = ["ours"] if args.alone else ["ours", "trl"]
+        args.loss = args.loss if args.side == "ours" else args.side
+        return ours(args)
+    names = ["ours"] if args.alone else ["ours", args.rival]
     rows = {name: [] for name in names}
     for group in [[name] for name in names] if args.apart else [names]:
         sides = [Side(name) for name in group]
@@ -226,18 +238,17 @@ def main():
     print("|---|---|---|---|---|---|---|---|")
     for name in names:
         mid = {k: statistics.median(r[k] for r in rows[name]) for k in rows[name][0]}
+        peak = rows[name][-1]["peak_gb"]  # of the process, so far
         per_token = statistics.median(1000 * r["seconds"] / r["tokens"] for r in rows[name])
         rest = [
             f"{mid[k]:.1f}" if k in mid else "" for k in ("seconds", "sample_s", "teacher_s", "student_s")
         ]
-        print(
-            f"| {name} | {per_token:.1f} | {mid['tokens']:.0f} | {' | '.join(rest)} | {mid['peak_gb']:.1f} |"
-        )
+        print(f"| {name} | {per_token:.1f} | {mid['tokens']:.0f} | {' | '.join(rest)} | {peak:.1f} |")
     if not args.alone:
         cost = {name: [r["seconds"] / r["tokens"] for r in rows[name]] for name in names}
-        pairs = sorted(a / b for a, b in zip(cost["ours"], cost["trl"], strict=True))
-        ratio = statistics.median(cost["ours"]) / statistics.median(cost["trl"])
-        print(f"ours / trl: {ratio:.2f} by these medians; step by step {pairs[0]:.2f} to {pairs[-1]:.2f}")
+        pairs = sorted(a / b for a, b in zip(cost["ours"], cost[args.rival], strict=True))
+        ratio = statistics.median(cost["ours"]) / statistics.median(cost[args.rival])
+        print(f"ratio: {ratio:.2f} of these medians; step by step {pairs[0]:.2f} to {pairs[-1]:.2f}")
     tokens = statistics.median(r["tokens"] for r in rows["ours"])
     low = floor(args, tokens, statistics.median(r["prompt_tokens"] for r in rows["ours"]))
     names = ("sample_s", "teacher_s", "student_s")
