@@ -417,6 +417,15 @@ def test_few_rows_of_large_layers_are_multiplied_the_other_way_round(shape, bias
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows, multiplied", [(2, 4), (3, 4), (4, 4), (5, 8), (8, 8), (9, 16), (16, 16)])
+def test_few_rows_are_filled_up_and_copied_only_for_that(rows, multiplied, monkeypatch):
+    x, factors, mm = torch.randn(rows, 256), [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: factors.append(b) or mm(a, b))
+    opd.few_rows_linear(torch.randn(256, 256), None, x)
+    assert factors[0].shape == (256, multiplied)
+    assert (factors[0].data_ptr() == x.data_ptr()) == (rows == multiplied)
+
+
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_few_rows_leaves_a_layers_own_forward_and_other_devices_alone(device):
     layer, other = (torch.nn.Linear(256, 256, device=device) for _ in range(2))
