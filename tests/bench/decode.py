@@ -102,7 +102,7 @@ def parts(model, rows, width):
 
 
 @torch.no_grad()
-def compiled(model, rows, width, first=3, n=20):
+def compiled_step(model, rows, width, first=3, n=20):
     """-> seconds of the first steps, in which torch.compile is at work, and the median ms of those after."""
     step, spent = decoder(model, rows, width, compiled=True), []
     with opd.few_rows(model):
@@ -130,7 +130,13 @@ def main():
     for name in found[0]:
         print(f"| {name} | {' | '.join(f'{one[name]:.0f}' for one in found)} |")
     if args.compile:
-        seconds, step = compiled(model, args.rows[0], args.width)
+        try:
+            seconds, step = compiled_step(model, args.rows[0], args.width)
+        except RuntimeError as error:  # torch.compile's are of this kind
+            reason = str(error).strip().split("\n")[0]
+            parser.error(
+                f"--compile: torch.compile failed ({reason}); install a C++ compiler, or leave it out"
+            )
         print(f"body compiled, {args.rows[0]} rows: {step:.0f} ms, after {seconds:.0f} s for the first steps")
 
 

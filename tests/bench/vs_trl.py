@@ -12,9 +12,9 @@ step, so that a slow minute of the machine hits both. Medians after one step of 
 chance: what counts is seconds per 1,000 completion tokens; with --no_end no completion ends before the limit,
 and both do exactly the same work. --loss compares another of our losses, --rival two of them.
 
-The floor is arithmetic: multiply-adds of the forward and backward passes at the matrix rate that this machine
-reaches now (each prompt's prefill once, however many samples), and for each decoding step all weights once
-through its memory.
+The floor is arithmetic: multiply-adds of the forward and backward passes at the best matrix rate that this
+machine reaches now (each prompt's prefill once, however many samples), and for each decoding step all weights
+once through its memory.
 """
 
 import argparse
@@ -204,20 +204,21 @@ def main():
     parser.add_argument("--alone", action="store_true", help="ours only")
     parser.add_argument("--side", help="what a child process is told")
     args = parser.parse_args()
-    rows = args.prompts * args.samples
-    args.micro_batch_size = args.micro_batch_size or rows
-    if rows % args.micro_batch_size:
-        parser.error(f"--micro_batch_size {args.micro_batch_size}: must divide the {rows} rows")
+    batch = args.prompts * args.samples
+    args.micro_batch_size = args.micro_batch_size or batch
+    if batch % args.micro_batch_size:
+        parser.error(f"--micro_batch_size {args.micro_batch_size}: must divide the {batch} rows")
     if args.side == "trl":
         return trl(args)
     import opd
 
-    for flag, names in (("loss", []), ("rival", ["trl"]), ("side", ["ours", "trl"])):
-        value, names = getattr(args, flag), [*names, *opd.LOSSES]
-        if value is not None and value not in names:
-            parser.error(f"--{flag} {value}: unknown; choose one of {' '.join(names)}")
+    for flag, more in (("loss", []), ("rival", ["trl"]), ("side", ["ours", "trl"])):
+        value, known = getattr(args, flag), [*more, *opd.LOSSES]
+        if value is not None and value not in known:
+            parser.error(f"--{flag} {value}: unknown; choose one of {' '.join(known)}")
+    if args.side in opd.LOSSES:  # the rival
+        args.loss = args.side
     if args.side:
-        args.loss = args.loss if args.side == "ours" else args.side
         return ours(args)
     names = ["ours"] if args.alone else ["ours", args.rival]
     rows = {name: [] for name in names}
