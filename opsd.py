@@ -1,28 +1,26 @@
-"""On-policy self-distillation with privileged information (OPSD): the teacher is the student, told more.
+"""On-policy self-distillation (OPSD): the teacher is the student, conditioned on privileged information.
 
 The student answers the bare prompt. The teacher is the same model behind a prompt that also holds privileged
-information (PI): the answer, a solution, a rule. Both score the same completion token ids; the student moves
-towards what it would have said, had it known. At test time there is no PI.
+information (PI): the answer, a solution, a rule. Both score the same completion token ids, and the student
+learns the distribution that it would have with the PI in its prompt. At test time there is no PI.
 
     torchrun opsd.py                                        # toy: a shared rule is learned; accuracy rises
     torchrun opsd.py --pi answer --out runs/answer          # toy: each problem's answer; accuracy falls
     torchrun opsd.py --student S --data chat.jsonl --pi system --teacher_mode ema        # a real model
 
-All that sampling, scoring and updating need is opd.py's. New here: which text the teacher reads (PI), which
-weights it has (frozen, ema, live), and what is measured about both.
+The loop is opd.train. New here: what the teacher reads (PI), how its weights follow the student (frozen, ema,
+live), and what is measured about it: the four methods of SelfTeacher.
 """
 
 import math
 import re
 import string
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import opd
-from opd import UserError, all_reduce, arg, clock, timed, uniforms
+from opd import UserError, arg, need, uniforms
 
 # What the teacher reads in place of the user's turn (or of the whole prompt, if a string). {prompt} is
 # the user's own text. Two modes are placed elsewhere: `system` before all, `hidden_think` after all.
@@ -50,66 +48,46 @@ MASKED = "_"  # stands for a hidden token of a masked solution
 
 @dataclass
 class Args(opd.Args):
-    teacher: str | None = arg(
-        None, "another model as the teacher of --teacher_mode frozen (default: the student)"
-    )
-    out: str = arg("runs/opsd", "folder for metrics.jsonl, step_NNNNNN/ and final/")
+    teacher: str | None = arg(None, "another model as the frozen teacher (default: the student itself)")
+    out: str = arg("runs/opsd", "folder for metrics and models", group="evaluation and saving")
     pi: str = arg(
         "system",
-        "answer: the final answer is told | solution: a reference solution is shown | masked_solution: the "
-        "same, tokens hidden | hidden_think: solution (or answer) in the assistant's think block | system: "
-        "the row's `privileged` text as system message | instruction: the same text in the user's turn | "
-        "demonstration: another problem, solved | shuffled_solution: another's solution | none (controls)",
+        "answer: the final answer; solution: a reference solution; masked_solution: with tokens hidden; "
+        "hidden_think: solution (or answer) in the assistant's think block; system: the row's `privileged` "
+        "text as system message; instruction: the same in the user's turn; demonstration: another problem, "
+        "solved; shuffled_solution: another problem's solution (control); none: no PI (control)",
+        "|".join(TEMPLATES),
+        "privileged information",
     )
     pi_template: str | None = arg(
-        None, "text that replaces the mode's, with {prompt} {answer} {solution} {privileged} "
-        "{example_prompt} {example_solution}"
-    )  # fmt: skip
-    mask_ratio: float = arg(0.5, "masked_solution: probability that a token of the solution is hidden")
-    teacher_mode: str = arg(
-        "frozen", "frozen: initial weights | ema: moving average | live: the student's own"
+        None, "own text: {prompt} {answer} {solution} {privileged} {example_prompt} {example_solution}"
     )
-    ema_decay: float = arg(0.99, "ema: teacher = decay * teacher + (1 - decay) * student after each step")
-    refresh_every: int = arg(0, "frozen: every N steps the teacher becomes a copy of the student; 0 = never")
+    mask_ratio: float = arg(0.5, "masked_solution: probability that a token is hidden", "[0,1]")
+    teacher_mode: str = arg(
+        "frozen", "frozen: initial weights; ema: moving average; live: the student's own", "frozen|ema|live"
+    )
+    ema_decay: float = arg(0.99, "ema: teacher = decay * teacher + (1 - decay) * student", "(0,1)")
+    refresh_every: int = arg(0, "frozen: every N steps a copy of the student; 0 = never", "[0,inf)")
 
 
 def check_args(args):
     """UserError for what is wrong with the flags that opd.py does not have."""
-
-    def need(ok, flag, remedy):
-        if not ok:
-            value = str(getattr(args, flag)).replace("\n", "\\n")  # a template has lines, a message has one
-            raise UserError(f"--{flag} {value}: {remedy}")
-
-    need(args.pi in TEMPLATES, "pi", f"unknown; choose one of {' '.join(TEMPLATES)}")
-    need(
-        args.teacher_mode in ("frozen", "ema", "live"), "teacher_mode", "unknown; choose frozen, ema or live"
-    )
-    need(0 < args.ema_decay < 1, "ema_decay", "must be inside (0, 1); for the ends use frozen or live")
-    need(0 <= args.mask_ratio <= 1, "mask_ratio", "must be between 0 and 1")
-    need(args.refresh_every >= 0, "refresh_every", "must be 0 or more")
-    frozen = args.teacher_mode == "frozen"
-    need(
-        frozen or not args.refresh_every, "refresh_every", f"goes with frozen, not {args.teacher_mode}: use 0"
-    )
-    need(
-        frozen or not args.teacher,
-        "teacher",
-        f"goes with frozen; {args.teacher_mode} starts from the student",
-    )
+    mode, every, other = args.teacher_mode, args.refresh_every, args.teacher
+    need(mode == "frozen" or not every, f"--refresh_every {every}: goes with frozen, not {mode}: use 0")
+    own = f"--teacher {other}: goes with frozen; {mode} starts from the student"
+    need(mode == "frozen" or not other, own)
     if args.pi_template is not None:
-        try:
+        where = f"--pi_template {args.pi_template}"
+        with opd.blame(where, "not a template", "write {{ for a brace"):
             fields = template_fields(args.pi_template)
-        except ValueError as error:
-            raise UserError(f"--pi_template {args.pi_template!r}: {error}; write {{{{ for a brace") from error
-        known = "prompt answer solution privileged".split()
-        known += ["example_prompt", "example_solution"] if args.pi == "demonstration" else []
-        for name in fields:
-            need(name in known, "pi_template", f"no field {{{name}}}; there are {' '.join(known)}")
-        needed = " or ".join(f"{{{name}}}" for name in NEEDS[args.pi])
-        need(set(NEEDS[args.pi]) & set(fields), "pi_template", f"--pi {args.pi} needs {needed} in it")
-        placed = args.pi in ("system", "hidden_think") or "prompt" in fields
-        need(placed, "pi_template", "needs {prompt} in it, or the teacher would not see the problem")
+            known = "prompt answer solution privileged".split()
+            known += ["example_prompt", "example_solution"] if args.pi == "demonstration" else []
+            for name in fields:
+                need(name in known, f"no field {{{name}}}; there are {' '.join(known)}")
+            needed = " or ".join(f"{{{name}}}" for name in NEEDS[args.pi])
+            need(set(NEEDS[args.pi]) & set(fields), f"--pi {args.pi} needs {needed} in it")
+            placed = args.pi in ("system", "hidden_think") or "prompt" in fields
+            need(placed, "needs {prompt} in it, or the teacher would not see the problem")
 
 
 def template_fields(template):
@@ -124,14 +102,14 @@ def template_fields(template):
 # ------------------------------------------------------------------------------------- what the teacher reads
 
 
-def partner(rows, i, what, seed, where):
+def partner(rows, i, what, seed):
     """Another row, drawn for row i from the seed, in which what(row) is not the same as in row i."""
     start = int(uniforms(seed, -2, i).item() * (len(rows) - 1))
     for step in range(len(rows) - 1):
         other = rows[(i + 1 + (start + step) % (len(rows) - 1)) % len(rows)]
         if has(other.get("solution")) and what(other) != what(rows[i]):
             return other
-    raise UserError(f"{where}: no other row has another problem and solution; give more rows or another --pi")
+    raise UserError("no other row has another problem and solution; give more rows or another --pi")
 
 
 def has(value):
@@ -155,7 +133,7 @@ def user_text(prompt):
     return next((m["content"] for m in reversed(prompt) if m["role"] == "user"), None)
 
 
-def teacher_prompt(tokenizer, rows, i, args, where):
+def teacher_prompt(tokenizer, rows, i, args):
     """Row i's prompt with its PI: a string, or chat messages plus what the assistant's turn already holds."""
     row, prompt = rows[i], rows[i]["prompt"]
     if args.pi == "none" and args.pi_template is None:
@@ -163,18 +141,16 @@ def teacher_prompt(tokenizer, rows, i, args, where):
     template = args.pi_template or TEMPLATES[args.pi]
     if args.pi == "hidden_think" and args.pi_template is None and "solution" not in rows.column_names:
         template = "{answer}"
-    fields = template_fields(template)
+    fields, user = template_fields(template), user_text(prompt)
     for column in (name.replace("example_", "") for name in fields):  # its own, also if another row is shown
-        if not has(row.get(column)):
-            raise UserError(f"{where}: --pi {args.pi} needs {column!r}, missing or empty there; fill it in")
-    user = user_text(prompt)
-    if user is None and ("prompt" in fields or args.pi not in ("system", "hidden_think")):
-        raise UserError(f"{where}: --pi {args.pi} needs a message of the user, there is none; remove the row")
+        need(has(row.get(column)), f"--pi {args.pi} needs {column!r}, missing or empty there; fill it in")
+    placed = user is not None or ("prompt" not in fields and args.pi in ("system", "hidden_think"))
+    need(placed, f"--pi {args.pi} needs a message of the user, there is none; remove the row")
     values = {name: row.get(name) for name in ("answer", "solution", "privileged")}
     if args.pi == "shuffled_solution":
-        values["solution"] = partner(rows, i, lambda row: row["solution"], args.seed, where)["solution"]
+        values["solution"] = partner(rows, i, lambda row: row["solution"], args.seed)["solution"]
     if args.pi == "demonstration":
-        other = partner(rows, i, lambda row: user_text(row["prompt"]), args.seed, where)
+        other = partner(rows, i, lambda row: user_text(row["prompt"]), args.seed)
         values.update(example_prompt=user_text(other["prompt"]), example_solution=other["solution"])
     if args.pi == "masked_solution":
         key = (args.seed, -3, i)
@@ -182,12 +158,12 @@ def teacher_prompt(tokenizer, rows, i, args, where):
     text = template.format(prompt=user, **values)
 
     if args.pi == "hidden_think":
-        # The completion goes on where the student's does: inside a block that the prompt opened, else after.
+        # The completion continues where the student's does: in a block that the prompt opened, else after it.
         start = prompt if isinstance(prompt, str) else chat_text(tokenizer, prompt)
         opened = start.rstrip().endswith("<think>")
         return prompt, f"{text}\n" if opened else f"<think>\n{text}\n</think>\n\n"
     if isinstance(prompt, str):
-        return (text if "prompt" in template_fields(template) else f"{text}\n\n{prompt}"), ""
+        return (text if "prompt" in fields else f"{text}\n\n{prompt}"), ""
     if args.pi == "system":
         if prompt[0]["role"] == "system":
             text, prompt = f"{text}\n\n{prompt[0]['content']}", prompt[1:]
@@ -200,21 +176,19 @@ def chat_text(tokenizer, messages):
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
-def encode_teacher_prompt(tokenizer, rows, i, args, limit, where):
+def encode_teacher_prompt(tokenizer, rows, i, args, limit):
     """Token ids of what the teacher reads for row i."""
-    prompt, begun = teacher_prompt(tokenizer, rows, i, args, where)
-    if not begun:
-        ids = opd.encode_prompt(tokenizer, prompt, math.inf, where)
-    else:
+    prompt, begun = teacher_prompt(tokenizer, rows, i, args)
+    if begun:
         raw = isinstance(prompt, str)
         start = prompt if raw else chat_text(tokenizer, prompt)
         start = re.sub(r"<think>\s*</think>\s*$", "", start)  # a template's empty block: ours takes its place
         ids = tokenizer(start + begun, add_special_tokens=raw).input_ids
-    if len(ids) > limit:
-        raise UserError(
-            f"{where}: the prompt with its PI has {len(ids)} tokens; the model has room for {limit} before "
-            f"--max_new_tokens {args.max_new_tokens}; lower that, or remove the row"
-        )
+    else:
+        ids = opd.encode_prompt(tokenizer, prompt)
+    room = f"the model has room for {limit} before --max_new_tokens {args.max_new_tokens}"
+    fits = len(ids) <= limit
+    need(fits, f"the prompt with its PI has {len(ids)} tokens; {room}; lower that, or remove the row")
     return ids
 
 
@@ -254,139 +228,69 @@ def teacher_drift(teacher, anchors):
     return (logp.exp() * (logp - initial_logp)).sum(-1).mean().item()
 
 
-# ------------------------------------------------------------------------------------------------------ train
+class SelfTeacher(opd.Teacher):
+    """The student itself, conditioned on privileged information; its weights frozen, an average, or live."""
+
+    task = "opsd"
+
+    def __init__(self, args):
+        check_args(args)
+        super().__init__(toy_template(args) if args.student == "toy" else args)
+        self.live = args.teacher_mode == "live"
+        self.moves = args.teacher_mode == "ema" or args.refresh_every > 0
+        self.dtype = "float32" if self.moves else args.dtype  # small steps of a teacher vanish in bfloat16
+        fields = template_fields(self.args.pi_template or TEMPLATES[args.pi])
+        columns = {name.replace("example_", "") for name in fields} - {"prompt"}
+        self.columns = sorted(columns - ({"solution"} if args.pi == "hidden_think" else set()))
+
+    def source(self, path):
+        return None if self.live else path["teacher"] or path["student"]
+
+    def prompt(self, tokenizer, rows, i, prompt):
+        longest = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        return encode_teacher_prompt(tokenizer, rows, i, self.args, longest - self.args.max_new_tokens)
+
+    def begin(self, student, data, held_out, tokenizer, stop_ids):
+        shapes, theirs = ([p.shape for p in model.parameters()] for model in (student, self.model))
+        why = f"--teacher {self.args.teacher} is of another shape; use 0, or another teacher"
+        need(not self.moves or shapes == theirs, f"--refresh_every {self.args.refresh_every}: {why}")
+        self.held_out = [x._replace(prompt=x.teacher_prompt) for x in held_out]  # with PI, for the ceiling
+        self.evaluation, self.ceiling, self.anchors = (tokenizer, stop_ids, self.args), {}, None
+        if self.live or self.moves:
+            prompts = [data[i].teacher_prompt for i in range(min(8, len(data)))]
+            self.anchors = drift_anchors(self.model, prompts, stop_ids, self.args)
+
+    def follow(self, student, step):
+        if self.args.teacher_mode == "ema":
+            move_teacher(self.model, student, self.args.ema_decay)
+        elif self.args.refresh_every and step % self.args.refresh_every == 0:
+            move_teacher(self.model, student, 0)
+
+    def measure(self, row, evaluating):
+        """pi_gap: how much likelier PI makes what was sampled. On evaluation also the ceiling and drift."""
+        found = {"pi_gap": row["teacher_logp"] - row["student_logp"]} if row["step"] else {}
+        if evaluating and self.held_out:
+            if self.anchors or not self.ceiling:  # a frozen teacher's does not change
+                self.ceiling = opd.evaluate(self.model, None, self.held_out, *self.evaluation)
+            with_pi = {"eval_accuracy": "eval_with_pi_accuracy", "eval_len": "eval_with_pi_len"}
+            found.update({with_pi[name]: x for name, x in self.ceiling.items() if name in with_pi})
+        if evaluating and self.anchors and row["step"]:
+            found["teacher_drift"] = teacher_drift(self.model, self.anchors)
+        return found
 
 
 def train(args):
-    """Self-distil as the arguments say; returns the rows of metrics.jsonl. Read opd.train first."""
-    args, rank, world, device = opd.set_up(args)
-    check_args(args)
-    started, out = clock(device), Path(args.out)
-    path = opd.resolve_paths(args, rank, device, "opsd")
-    if args.student == "toy":
-        args = toy_template(args)
-    live, moving = args.teacher_mode == "live", args.teacher_mode == "ema" or args.refresh_every > 0
-
-    # Start from the initial weights, also on resume: the teacher is made of them.
-    checkpoint, state = opd.newest_checkpoint(args) if args.resume else (None, None)
-    teacher_path = None if live else path["teacher"] or path["student"]
-    exact = replace(args, dtype="float32") if moving else args  # small steps of a teacher vanish in bfloat16
-    student, teacher, tokenizer, stop_ids = opd.load_pair(path["student"], teacher_path, exact, device)
-    if moving and [p.shape for p in student.parameters()] != [p.shape for p in teacher.parameters()]:
-        why = f"--teacher {args.teacher} is of another shape"
-        raise UserError(f"--refresh_every {args.refresh_every}: {why}; use 0, or another teacher")
-
-    needed = {
-        name.replace("example_", "") for name in template_fields(args.pi_template or TEMPLATES[args.pi])
-    }
-    needed = ["prompt", *sorted(needed - {"prompt", *(["solution"] if args.pi == "hidden_think" else [])})]
-    data = opd.load_rows(path["data"], "data", needed)
-    held_out = opd.load_rows(path["eval_data"], "eval_data", ["answer", *needed]) if args.eval_data else []
-    room = (getattr(teacher.config, "max_position_embeddings", None) or math.inf) - args.max_new_tokens
-
-    def encode(rows, flag, i):  # -> what the student reads, what the teacher reads
-        where = f"--{flag} {path[flag]}, row {i}"
-        ours = opd.encode_prompt(tokenizer, rows[i]["prompt"], args.max_prompt_tokens, where)
-        return ours, encode_teacher_prompt(tokenizer, rows, i, args, room, where)
-
-    eval_prompts = [encode(held_out, "eval_data", i) for i in range(len(held_out))]
-    eval_ours, eval_theirs = [ours for ours, _ in eval_prompts], [theirs for _, theirs in eval_prompts]
-    answers = ["" if row["answer"] is None else str(row["answer"]) for row in held_out]
-    checked = [encode(data, "data", i) for i in range(min(len(data), 1000))]
-
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    with autocast:
-        anchors = (
-            drift_anchors(teacher, [theirs for _, theirs in checked], stop_ids, args)
-            if live or moving
-            else None
-        )
-    if checkpoint:
-        student.load_state_dict(opd.load_model(checkpoint, "out", torch.float32, device)[1].state_dict())
-        if moving:
-            teacher.load_state_dict(state["teacher"])
-    optimizer, done = opd.make_optimizer(student, args, state)
-    history = opd.begin_log(out, done) if rank == 0 else []
-    bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, disable=rank > 0, unit="step")
-    ceiling = {}
-
-    def measure():
-        if not held_out:
-            return {}
-        with autocast:
-            common = (answers, stop_ids, args, rank, world)
-            scores = opd.evaluate(student, teacher, tokenizer, eval_ours, eval_theirs, *common)
-            if live or moving or not ceiling:  # a frozen teacher's does not change
-                ceiling.update(opd.evaluate(teacher, None, tokenizer, eval_theirs, eval_theirs, *common))
-        if "eval_accuracy" in ceiling:
-            scores["eval_with_pi_accuracy"] = ceiling["eval_accuracy"]
-        return {**scores, "eval_with_pi_len": ceiling["eval_len"]}
-
-    if done == 0 and held_out:
-        opd.record(history, {"step": 0, **measure()}, out, rank)
-    with opd.deferred_signals() as signals, bar:
-        for step in bar:
-            begin, seconds = clock(device), {}
-            slots, which = opd.batch_of(step, len(data), args, rank, world)
-            prompts = [encode(data, "data", i) for i in which]  # of all ranks, to fail alike
-            prompts = [prompts[slot] for slot in slots]
-
-            # Sample: whoever writes, reads its own prompt; what it wrote is then scored behind both.
-            n, limits = args.samples_per_prompt, (args.max_new_tokens, args.temperature, args.top_p)
-            on_policy = step > args.sft_steps and uniforms(args.seed, step).item() < args.lmbda
-            writer, read = (student, 0) if on_policy else (teacher, 1)
-            with autocast, timed(seconds, "sample_s", device):
-                texts = [pair[read] for pair in prompts]
-                rollouts = opd.sample(writer, texts, n, stop_ids, (args.seed, step), slots, *limits)
-            theirs = [prompts[k // n][1] for k in range(len(rollouts))]
-            rollouts = [replace(r, prompt=prompts[k // n][0]) for k, r in enumerate(rollouts)]
-
-            # Score and update; then the teacher follows, if it does.
-            for group in optimizer.param_groups:
-                group["lr"] = opd.lr_at(step, args)
-            loss = opd.LOSSES[args.loss] if step > args.sft_steps else opd.SFT
-            updates = []
-            for _ in range(args.updates_per_rollout):
-                with autocast:  # left after each: until then it keeps the bfloat16 copies of the weights
-                    updates.append(
-                        opd.update(student, teacher, rollouts, theirs, loss, optimizer, args, step)
-                    )
-            if args.teacher_mode == "ema":
-                move_teacher(teacher, student, args.ema_decay)
-            elif args.refresh_every and step % args.refresh_every == 0:
-                move_teacher(teacher, student, 0)
-
-            # Evaluate, record, save.
-            stop = all_reduce(torch.tensor(len(signals), device=device)).item() > 0
-            last = step == args.steps
-            row = {"step": step, **updates[0], **opd.rollout_metrics(rollouts, device), **seconds}
-            row.update(lr=opd.lr_at(step, args), peak_mem_gb=opd.peak_memory_gb(device))
-            row["pi_gap"] = (
-                row["teacher_logp"] - row["student_logp"]
-            )  # what knowing more is worth, on what was said
-            row["tokens_per_s"] = row["tokens"] / (clock(device) - begin)
-            if last or (args.eval_every and step % args.eval_every == 0):
-                with autocast:
-                    row.update(
-                        measure(), **({"teacher_drift": teacher_drift(teacher, anchors)} if anchors else {})
-                    )
-            opd.record(history, row, out, rank)
-            if last or stop or (args.save_every and step % args.save_every == 0):
-                extra = {"teacher": teacher.state_dict()} if moving else {}
-                opd.save_checkpoint(out, step, student, tokenizer, optimizer, args, rank, **extra)
-            opd.show(bar, history)
-            if stop and not last:
-                break
-    opd.finish(out, history, student, tokenizer, args, rank, clock(device) - started)
-    return history
+    """opd.train with a SelfTeacher; returns the rows of metrics.jsonl."""
+    return opd.train(args, SelfTeacher)
 
 
 def toy_template(args):
     """The toy's prompts are not words: its own templates stand in for those above."""
     from tutorials import toy
 
-    if args.pi not in toy.PI_TEMPLATES:
-        raise UserError(f"--pi {args.pi}: not in the toy task, which has {' '.join(toy.PI_TEMPLATES)}")
+    need(args.teacher != "toy", "--teacher toy: goes with opd.py; the toy of opsd.py is its own teacher")
+    known = " ".join(toy.PI_TEMPLATES)
+    need(args.pi in toy.PI_TEMPLATES, f"--pi {args.pi}: not in the toy task, which has {known}")
     return replace(args, pi_template=args.pi_template or toy.PI_TEMPLATES[args.pi])
 
 

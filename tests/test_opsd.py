@@ -191,7 +191,7 @@ def read_by_teacher(rows, i=0, chat_template=CHAT, **kwargs):
     args = opsd.Args(**kwargs)
     opsd.check_args(args)
     rows = datasets.Dataset.from_list(rows)
-    return tokenizer.decode(opsd.encode_teacher_prompt(tokenizer, rows, i, args, 10_000, "here"))
+    return tokenizer.decode(opsd.encode_teacher_prompt(tokenizer, rows, i, args, 10_000))
 
 
 def test_every_mode_has_its_golden_text():
@@ -239,7 +239,7 @@ def test_hidden_think_goes_on_inside_a_block_that_the_template_opens(opening):
     assert read_by_teacher(SYSTEM, chat_template=template, pi="hidden_think") == golden
     # The student's completion goes on in that block too: what it writes is a thought on both sides.
     tokenizer = characters_tokenizer(template)
-    bare = tokenizer.decode(opd.encode_prompt(tokenizer, SYSTEM[0]["prompt"], 999, "here"))
+    bare = tokenizer.decode(opd.encode_prompt(tokenizer, SYSTEM[0]["prompt"], 999))
     assert bare == "system: Be brief.\nuser: 2+3?\n" + opening
 
 
@@ -631,7 +631,7 @@ def test_hidden_states_behind_unseen_pi_are_the_students(files):
     rows = datasets.load_dataset("json", data_files=files["data"])["train"]
     args = opsd.Args(pi="solution", pi_template="{solution} {prompt}")
     ours = [tokenizer(row["prompt"]).input_ids for row in rows]
-    theirs = [opsd.encode_teacher_prompt(tokenizer, rows, i, args, 999, "here") for i in range(len(rows))]
+    theirs = [opsd.encode_teacher_prompt(tokenizer, rows, i, args, 999) for i in range(len(rows))]
     completions = [r.completion for r in opd.sample(model, ours, 1, [1], (0, 1), range(len(ours)), 12)]
     with torch.no_grad():
         alone = opd.completion_hidden(model, ours, completions)  # [N,D]
@@ -795,8 +795,7 @@ def test_drift_is_the_kl_of_the_current_teacher_to_the_initial_one(kind, run, fi
         current.load_state_dict(teacher_at(run.out, 3))
     data = datasets.load_dataset("json", data_files=files["data"])["train"]
     prompts = [
-        opsd.encode_teacher_prompt(tokenizer, data, i, opsd.Args(pi="solution"), 999, "here")
-        for i in range(8)
+        opsd.encode_teacher_prompt(tokenizer, data, i, opsd.Args(pi="solution"), 999) for i in range(8)
     ]
     kls = []
     for r in opd.sample(initial, prompts, 1, [1], (~0, 1), range(8), SMALL["max_new_tokens"]):
@@ -862,18 +861,19 @@ def test_the_ceiling_is_measured_anew_only_where_the_teacher_moves(kind, run, se
     assert all(call[0] is student and call[1] is teacher for call in pupils)
     assert all(call[0] is teacher for call in ceilings)
     tokenizer = characters_tokenizer()
-    bare, told = ([tokenizer.decode(p) for p in pupils[0][k]] for k in (3, 4))
+    held_out, with_pi = pupils[0][2], ceilings[0][2]
+    bare, told = ([tokenizer.decode(x[k]) for x in held_out] for k in (0, 1))
     assert bare == ["^12+34=", "^5+6=", "^100+200=", "^7+7="]
-    assert [tokenizer.decode(p) for p in ceilings[0][3]] == told
+    assert [tokenizer.decode(x.prompt) for x in with_pi] == told
     assert all("reference solution" in text for text in told)
     assert all("eval_with_pi_accuracy" in row for row in rows)
 
     # The rows say what an evaluation of these models says; the last of the current teacher's.
     args = opd.set_up(opsd.Args(**{**SMALL, **files, "out": "no/such/folder"}))[0]
-    common = (["46", "11", "300", "14"], [1], args, 0, 1)
-    last = opd.evaluate(student, teacher, tokenizer, *pupils[0][3:5], *common)
+    assert [x.answer for x in held_out] == ["46", "11", "300", "14"]
+    last = opd.evaluate(student, teacher, held_out, tokenizer, [1], args)
     assert {name: rows[-1][name] for name in last} == last
-    ceiling = opd.evaluate(teacher, None, tokenizer, pupils[0][4], pupils[0][4], *common)
+    ceiling = opd.evaluate(teacher, None, with_pi, tokenizer, [1], args)
     assert rows[-1]["eval_with_pi_len"] == ceiling["eval_len"]
     assert rows[-1]["eval_with_pi_accuracy"] == ceiling["eval_accuracy"]
 
@@ -1015,13 +1015,13 @@ def refused(files, tmp_path, monkeypatch, capsys):
     "options, message",
     [
         (dict(pi="hint"), "--pi hint: unknown; choose one of answer solution masked_solution"),
-        (dict(teacher_mode="moving"), "--teacher_mode moving: unknown; choose frozen, ema or live"),
-        (dict(teacher_mode="ema", ema_decay=0), "--ema_decay 0.0: must be inside (0, 1)"),
-        (dict(teacher_mode="ema", ema_decay=1), "--ema_decay 1.0: must be inside (0, 1)"),
-        (dict(teacher_mode="ema", ema_decay="nan"), "--ema_decay nan: must be inside (0, 1)"),
-        (dict(mask_ratio=2), "--mask_ratio 2.0: must be between 0 and 1"),
-        (dict(mask_ratio="nan"), "--mask_ratio nan: must be between 0 and 1"),
-        (dict(refresh_every=-1), "--refresh_every -1: must be 0 or more"),
+        (dict(teacher_mode="moving"), "--teacher_mode moving: unknown; choose one of frozen ema live"),
+        (dict(teacher_mode="ema", ema_decay=0), "--ema_decay 0.0: must be in (0,1)"),
+        (dict(teacher_mode="ema", ema_decay=1), "--ema_decay 1.0: must be in (0,1)"),
+        (dict(teacher_mode="ema", ema_decay="nan"), "--ema_decay nan: must be in (0,1)"),
+        (dict(mask_ratio=2), "--mask_ratio 2.0: must be in [0,1]"),
+        (dict(mask_ratio="nan"), "--mask_ratio nan: must be in [0,1]"),
+        (dict(refresh_every=-1), "--refresh_every -1: must be in [0,inf)"),
         (dict(refresh_every=5, teacher_mode="live"), "--refresh_every 5: goes with frozen, not live"),
         (dict(refresh_every=5, teacher_mode="ema"), "--refresh_every 5: goes with frozen, not ema"),
         (
@@ -1054,8 +1054,8 @@ def test_flags_out_of_range(options, message, refused):
         ("answer", "{prompt[0]} {answer}", "no field {prompt[0]}"),
         ("answer", "{0} {prompt} {answer}", "no field {0}"),
         ("answer", "{} {prompt} {answer}", "no field {}"),
-        ("answer", "{prompt} {answer", "expected '}' before end of string; write {{ for a brace"),
-        ("answer", "} {prompt} {answer}", "Single '}' encountered in format string; write {{ for a brace"),
+        ("answer", "{prompt} {answer", "expected '}' before end of string); write {{ for a brace"),
+        ("answer", "} {prompt} {answer}", "Single '}' encountered in format string); write {{ for a brace"),
         # Python's format knows more than names; none of that may reach the data.
         ("answer", "{prompt} {answer!x}", "--pi_template"),
         ("answer", "{prompt} {answer:d}", "--pi_template"),
@@ -1191,7 +1191,7 @@ def test_help_explains_every_mode(monkeypatch, capsys):
         opd.main(opsd.Args, opsd.train)
     text = " ".join(capsys.readouterr().out.split())
     assert stopped.value.code == 0
-    modes = text[text.index("--pi PI ") : text.index("--pi_template ", text.index("--pi PI "))]
+    modes = text[text.index("--pi S ") : text.index("--pi_template ", text.index("--pi S "))]
     for mode in MODES:
         assert re.search(rf"\b{mode}(:| \(control)", modes), mode
     for words in ("frozen: initial weights", "ema: moving average", "live: the student's own"):

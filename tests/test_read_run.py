@@ -109,24 +109,24 @@ def test_report_of_a_run_and_of_another_programs_log(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 51, "lo')  # the last line is being written
     code, out, err = shell(capsys, tmp_path, "--out", tmp_path / "report.png")
     assert code == 0 and not err and (tmp_path / "report.png").stat().st_size > 10_000
-    assert out[1].startswith("FOUND since step 5: foreign text")
+    assert out[1].startswith("FOUND since step 5: the teacher's log-prob is far below")
     assert any("tutorials/04_teacher_mismatch, tutorials/05_sft_stabilised_student" in line for line in out)
-    assert any("not judged, for want of pi_gap" in line for line in out)
+    assert any("not judged (missing: pi_gap" in line for line in out)
     chapters = " ".join(chapters for _, chapters in read_run.SIGNATURES.values()).split()
     assert all((HERE.parent / chapter).is_dir() for chapter in chapters)
     lines = [f"{row['step']},{row['student_logp']},{row['teacher_logp']}," for row in rows]
     (tmp_path / "log.csv").write_text("\n".join(["_step,train/p,train/q,note", *lines]))
     pairs = ["step=_step", "student_logp=train/p", "teacher_logp=train/q"]
     code, out, _ = shell(capsys, tmp_path / "log.csv", "--out", tmp_path / "a.png", "--columns", *pairs)
-    assert code == 0 and out[1].startswith("FOUND since step 5: foreign text")
+    assert code == 0 and out[1].startswith("FOUND since step 5: the teacher's log-prob is far below")
 
 
 BAD = [  # what the log holds, further flags, words of the one line that is to come
     ("", "", "no rows; give the log of a run"),
     ("step 1 loss 2\n", "", "line 1: not JSON"),
     ('{"loss": 1}\n{"lo\n{"loss": 1}\n', "", "line 2: not JSON"),
-    ("[1, 2]\n", "", "not one JSON object a line"),
-    ('{"train/loss": 1}\n', "", "it has train/loss; name one, as --columns loss=train/loss"),
+    ("[1, 2]\n", "", "not one JSON object per line"),
+    ('{"train/loss": 1}\n', "", "it has train/loss; name one, e.g. --columns loss=train/loss"),
     ('{"train/loss": 1}\n', "--columns loss=train/los", "the nearest are train/loss"),
     ('{"train/loss": 1}\n', "--columns los=train/loss", "OURS is one of step loss"),
     ('{"loss": 1}\n', "--out no/x.png", "no/x.png: not a file in a folder"),

@@ -3,7 +3,6 @@
 python tests/test_readme.py     # writes them anew
 """
 
-import dataclasses
 import inspect
 import re
 import sys
@@ -45,36 +44,17 @@ def function_of(name):
 
 
 def loss_table():
-    lines = [
-        "| `--loss` | equation | value | expected gradient | teacher sends | ref |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| `--loss` | the teacher sends | expected gradient |", "|---|---|---|"]
+    rows = {}  # what is sent, gradient -> the losses that share both
     for name in opd.LOSSES:
         first, entry = docstring(function_of(name))
-        equation, _, biased = first.partition(", BIASED")
         short = {key: re.split(r"(?<=[^.])[.;] ", text)[0].rstrip(".") for key, text in entry.items()}
-        mark = " **biased**" if biased else ""
-        cells = [
-            f"`{name}`{mark}",
-            f"`{equation}`",
-            short["value"],
-            short["grad"],
-            short["teacher sends"],
-            entry["ref"],
-        ]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return lines
-
-
-def flag_table():
-    lines = ["| flag | default | |", "|---|---|---|"]
-    for args_class, script in ((opd.Args, "opd.py"), (opsd.Args, "opsd.py")):
-        for field in dataclasses.fields(args_class):
-            common = script == "opsd.py" and field.name in opd.Args.__dataclass_fields__
-            if not common or field.default != opd.Args.__dataclass_fields__[field.name].default:
-                note = f" ({script})" if script == "opsd.py" else ""
-                text = field.metadata["help"].replace("|", "\\|")
-                lines.append(f"| `--{field.name}`{note} | `{field.default}` | {text} |")
+        mark = " **biased**" if ", BIASED" in first else ""
+        cells = re.sub(r" \(.*\)$", "", short["teacher sends"]), short["grad"]
+        rows.setdefault(cells, []).append(f"`{name}`{mark}")
+    for cells, names in rows.items():
+        row = " | ".join(cell.replace("|", "\\|") for cell in (", ".join(names), *cells))
+        lines.append(f"| {row} |")
     return lines
 
 
@@ -83,8 +63,6 @@ def file_map():
         "losses.py": "every divergence and estimator; imports torch only",
         "opd.py": "on-policy distillation, the whole loop",
         "opsd.py": "self-distillation with privileged information; imports opd.py",
-        "tutorials/toy.py": "the toy task and its tiny models",
-        "tutorials/smollm2.py": "a real model offline: an ordinary folder out of a Python package",
     }
     rows = [(name, len((ROOT / name).read_text().splitlines()), text) for name, text in what.items()]
     return [
@@ -94,13 +72,7 @@ def file_map():
     ]
 
 
-def by_k():
-    """Chapter 2's table of what k tokens keep of the gradient, as it stands there: its run.py writes it."""
-    text = (ROOT / "tutorials/02_many_faces_of_kl/README.md").read_text()
-    return text.split("<!-- by_k -->\n")[1].split("\n<!-- /by_k -->")[0].splitlines()
-
-
-TABLES = {"losses": loss_table, "by_k": by_k, "flags": flag_table, "files": file_map}
+TABLES = {"losses": loss_table, "files": file_map}
 
 
 def replaced(text, name, lines):
@@ -127,20 +99,40 @@ def test_every_metric_is_in_the_glossary(tiny, tmp_path):
     }
     rows = opd.train(opd.Args(teacher=tiny["teacher"], out=str(tmp_path / "opd"), **args))
     rows += opsd.train(opsd.Args(pi="solution", teacher_mode="ema", out=str(tmp_path / "opsd"), **args))
-    glossary = README.read_text().split("## Metrics")[1].split("\n## ")[0]
+    glossary = (ROOT / "tutorials/reference.md").read_text().split("## Metrics")[1].split("\n## ")[0]
     for name in sorted({name for row in rows for name in row}):
         assert f"`{name}`" in glossary, name
 
 
-def test_files_and_flags_that_the_readme_names_exist():
-    text = README.read_text()
-    for name in re.findall(r"\]\(([\w./-]+)\)", text):
-        assert (ROOT / name).exists(), name
+@pytest.mark.parametrize("name", ["README.md", "tutorials/reference.md", "tests/bench/README.md"])
+def test_files_and_flags_that_a_page_names_exist(name):
+    text = (ROOT / name).read_text()
+    for link in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert ((ROOT / name).parent / link).exists(), link
     known = {*opd.Args.__dataclass_fields__, *opsd.Args.__dataclass_fields__}
-    ours = text.split("## What it is not")[0]  # the part on other projects names their flags
-    for line in re.findall(r"(?:torchrun|python)[^\n`]*op(?:s?)d\.py([^\n`]*)", ours):
-        for flag in re.findall(r"--(\w+)", line.replace("\\\n", "")):
+    for line in re.findall(r"(?:torchrun|python)[^\n`]*op(?:s?)d\.py((?:\\\n|[^\n`])*)", text):
+        for flag in re.findall(r"--(\w+)", line):
             assert flag in known, flag
+
+
+def test_the_readme_is_short():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 220 and len(text.encode()) <= 16_000
+
+
+def test_help_fits_80_columns_and_groups_the_flags():
+    for args_class in (opd.Args, opsd.Args):
+        text = opd.make_parser(args_class).format_help()
+        assert max(map(len, text.splitlines())) <= 80
+        for group in (
+            "models and data",
+            "loss",
+            "sampling",
+            "optimisation",
+            "memory",
+            "evaluation and saving",
+        ):
+            assert f"\n{group}:\n" in text
 
 
 def test_copied_losses_run_as_the_readme_says():
@@ -158,7 +150,8 @@ def test_the_numbers_of_the_french_rule_are_chapter_7s():
     chapter, readme = (ROOT / name for name in ("tutorials/07_shared_rule/README.md", "README.md"))
     row = next(line for line in chapter.read_text().splitlines() if line.startswith("| french | 0.00 |"))
     after, told = row.split(" | ")[2:4]
-    assert f"{after[:-1]}, three seeds) after; told, it was {told}." in readme.read_text()
+    text = " ".join(readme.read_text().split())
+    assert f"rises from 0.00 to {after[:-1]}, three seeds); with the prompt it was {told}." in text
 
 
 if __name__ == "__main__":

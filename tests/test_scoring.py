@@ -128,8 +128,9 @@ def score(student, teacher, rollouts, args, name=None, total=None):
     student.zero_grad()
     total = total or sum(len(r.completion) for r in rollouts)
     loss = opd.SFT if name == "sft" else opd.LOSSES[name or args.loss]
-    sums, _ = opd.distill(student, teacher, rollouts, [r.prompt for r in rollouts], loss, args, total)
-    return dict(zip(opd.TOKEN_METRICS, (sums / total).tolist(), strict=True)), gradients(student)
+    metrics, _ = opd.distill(student, teacher, rollouts, [r.prompt for r in rollouts], loss, args, total)
+    means = metrics.sum(1) / total
+    return dict(zip(opd.TOKEN_METRICS, means.tolist(), strict=True)), gradients(student)
 
 
 def arguments(name, **kwargs):
@@ -286,7 +287,7 @@ def test_a_teacher_with_prompts_of_its_own_shares_those(student, teacher, groups
     shapes = fed(teacher)
     shared, _ = opd.distill(student, teacher, groups, theirs, loss, args, None)
     assert [shape[0] for _, shape in shapes] == [4]
-    assert torch.allclose(shared, apart, rtol=1e-5)
+    assert torch.allclose(shared, apart, rtol=1e-4, atol=1e-6)
 
 
 def test_equal_prompts_that_are_not_one_list_keep_their_own_rows(student, sharing):
@@ -362,7 +363,7 @@ def test_a_run_shares_its_prompts_in_both_models_and_in_evaluation(tiny, tmp_pat
     assert all(rows == prompts for rows, prompts, _ in calls)
     assert calls.count((2, 2, 6)) == 4 and calls.count((3, 3, 6)) >= 4  # training, evaluation: both models
     calls.clear()
-    monkeypatch.setattr(opd, "can_share_prompts", lambda model: False)
+    monkeypatch.setattr(opd, "can_share_prompts", lambda *_: False)
     apart = opd.train(opd.Args(**{**run, "out": str(tmp_path / "apart")}))
     assert all(rows == completions for rows, _, completions in calls)
     for some, others in zip(together, apart, strict=True):
@@ -454,24 +455,27 @@ def test_the_teacher_reads_its_own_prompt(student, teacher, rollouts):
     """Prompts of other lengths for the teacher (privileged information) score the same completion tokens."""
     longer = [[11, 12, 13] * (i + 1) + r.prompt for i, r in enumerate(rollouts)]
     args, total = arguments("reverse_kl", loss_temperature=1.0), sum(len(r.completion) for r in rollouts)
-    sums, _ = opd.distill(student, teacher, rollouts, longer, opd.LOSSES["reverse_kl"], args, None)
+    metrics, _ = opd.distill(student, teacher, rollouts, longer, opd.LOSSES["reverse_kl"], args, None)
     expected = 0.0
     with torch.no_grad():
         for r, prompt in zip(rollouts, longer, strict=True):
             read = SimpleNamespace(prompt=prompt, completion=r.completion)
             expected += losses.reverse_kl(all_logits(student, [r]), all_logits(teacher, [read])).sum().item()
-    assert sums[0].item() == approx(expected, rel=1e-5)
-    assert sums[0].item() != approx(total * score(student, teacher, rollouts, args)[0]["loss"], rel=0.01)
+    assert metrics[0].sum().item() == approx(expected, rel=1e-5)
+    assert metrics[0].sum().item() != approx(
+        total * score(student, teacher, rollouts, args)[0]["loss"], rel=0.01
+    )
 
 
 def test_measuring_leaves_no_gradient(student, teacher, rollouts):
     student.zero_grad()
     args, prompts = arguments("reverse_kl"), [r.prompt for r in rollouts]
-    sums, _ = opd.distill(student, teacher, rollouts, prompts, opd.LOSSES["reverse_kl"], args, None)
+    metrics, _ = opd.distill(student, teacher, rollouts, prompts, opd.LOSSES["reverse_kl"], args, None)
     assert all(p.grad is None for p in student.parameters())
     expected, _ = score(student, teacher, rollouts, args)
     total = sum(len(r.completion) for r in rollouts)
-    assert dict(zip(opd.TOKEN_METRICS, (sums / total).tolist(), strict=True)) == approx(expected, rel=1e-6)
+    means = (metrics.sum(1) / total).tolist()
+    assert dict(zip(opd.TOKEN_METRICS, means, strict=True)) == approx(expected, rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------- metrics
@@ -540,7 +544,7 @@ def test_project_gives_the_models_own_logits(family, tied):
         plain = model.get_output_embeddings()(hidden)
         assert torch.allclose(opd.project(model, hidden), own, rtol=1e-5, atol=1e-5)
     assert torch.allclose(plain, own, atol=1e-3) == (family not in ("gemma2", "granite", "cohere"))
-    opd.check_projection(model, "--student x")
+    opd.check_model(model, VOCAB)
     assert torch.equal(model(input_ids=ids).logits[0], own)  # the body is back in its place
 
 
@@ -553,9 +557,8 @@ def test_a_model_whose_logits_are_not_made_from_its_last_state_is_refused():
             return output
 
     model = Biased(make_model(0).config)
-    model.vocab_in_use = VOCAB
-    with pytest.raises(opd.UserError, match="--student x: .*Biased"):
-        opd.check_projection(model, "--student x")
+    with pytest.raises(opd.UserError, match="Biased .* more than hidden states"):
+        opd.check_model(model, VOCAB)
 
 
 def test_padded_vocabularies_change_nothing(tiny, tmp_path):

@@ -238,8 +238,9 @@ def evaluation(monkeypatch):
             "sample",
             lambda model, asked, *_: [r for p in asked for r in rollouts if r.prompt == p],
         )
-        inputs = (prompts, prompts, answers, [1], args, 0, 1)
-        return opd.evaluate(student, teacher, tokenizer, *inputs), (student, teacher, rollouts)
+        examples = [opd.Example(p, p, answer) for p, answer in zip(prompts, answers, strict=True)]
+        scores = opd.evaluate(student, teacher, examples, tokenizer, [1], args)
+        return scores, (student, teacher, rollouts)
 
     return evaluate
 
@@ -597,7 +598,7 @@ def test_a_disk_with_no_room_for_a_row_of_metrics_is_one_line(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # bytes
         with pytest.raises(opd.UserError, match="cannot be written"):
-            opd.record([], {"step": 1, "loss": "9" * 200}, tmp_path, 0)
+            opd.record([], {"step": 1, "loss": "9" * 200}, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

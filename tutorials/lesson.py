@@ -1,14 +1,14 @@
-"""What the chapters share: their modes, the CSV, the numbers in their README, and the check of their claims.
+"""Code shared by the chapters: run modes, CSV files, README tables, figures and the check of the claims.
 
-    python tutorials/NN_name/run.py            # in full: metrics.csv, figure.png, the README's numbers
-    python tutorials/NN_name/run.py --smoke    # seconds: the same code on a small scale, nothing kept
-    python tutorials/NN_name/run.py --plot     # figure.png and the README's numbers, from metrics.csv
-    python tutorials/NN_name/run.py --check    # metrics.csv against expected.json, README against that
+    python tutorials/NN_name/run.py            # full run: metrics.csv, figure.png, the README's tables
+    python tutorials/NN_name/run.py --smoke    # the same code on a small scale, in seconds; keeps nothing
+    python tutorials/NN_name/run.py --plot     # redraws figure.png and the README's tables from metrics.csv
+    python tutorials/NN_name/run.py --check    # checks metrics.csv against expected.json and the README
 
 expected.json is a list of claims. Each takes a number from the CSV, or the difference of two, and bounds it:
 
     {"claim": "naive top-k ruins the student", "take": "max accuracy where arm=topk step=150", "below": 0.2}
-    {"claim": "the fix saves it", "take": "min accuracy where arm=sg_topk step=150",
+    {"claim": "the fix prevents that", "take": "min accuracy where arm=sg_topk step=150",
      "minus": "max accuracy where arm=topk step=150", "above": 0.3}
 """
 
@@ -29,7 +29,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-# Dark to light in print, told apart by colour-blind eyes too (Okabe and Ito).
+# The colour-blind-safe palette of Okabe and Ito.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 TAKE = {"min": min, "max": max, "mean": statistics.fmean, "median": statistics.median, "only": lambda x: x[0]}
 
@@ -38,14 +38,14 @@ TAKE = {"min": min, "max": max, "mean": statistics.fmean, "median": statistics.m
 
 
 def cache():
-    """Folder for what chapters share and need not make twice; with --smoke one that does not outlive it."""
+    """Folder for the models and data that chapters share; with --smoke, a temporary folder."""
     return Path(os.environ.get("LESSON_CACHE") or ROOT / ".cache" / "lessons")
 
 
 def kept(name, make):
-    """Path of a model that is made once: make() -> model, saved with toy's tokenizer; see toy.pretrain.
+    """Path of a cached model: make() -> model runs once, and the result is saved with toy's tokenizer.
 
-    The name must hold all that the model depends on: style, seed, steps.
+    The name must contain everything that the model depends on: style, seed, steps.
     """
     import toy
 
@@ -57,7 +57,7 @@ def kept(name, make):
 
 
 def kept_rows(name, rows):
-    """Path of a .jsonl file with these rows, made once; the name must hold all that the rows depend on."""
+    """Path of a cached .jsonl file with these rows; the name must contain everything they depend on."""
     import toy
 
     path = cache() / f"{name}.jsonl"
@@ -68,7 +68,7 @@ def kept_rows(name, rows):
 
 
 def toy_model(style, seed, steps=700, stop=None):
-    """Path of a toy model trained on a style of chain, A, M or B; stop: at this accuracy, as a student is.
+    """Path of a toy model trained on chains of style A, M or B; stop: the accuracy at which training ends.
 
     toy_model("A", seed, stop=0.45) is opd.py's toy student, toy_model("A", seed + 1_000_000) its teacher.
     """
@@ -81,9 +81,9 @@ def toy_model(style, seed, steps=700, stop=None):
 
 @contextlib.contextmanager
 def distilled(script, **args):
-    """Run opd.train or opsd.train (script: the module) in a folder aside -> its metrics, its final model.
+    """Run opd.train or opsd.train (script: the module) in a temporary folder -> metrics, final model's path.
 
-    Neither text nor bars appear; the folder goes when the block ends.
+    Output and progress bars are suppressed. The folder is removed when the with block ends.
     """
     with tempfile.TemporaryDirectory() as aside:
         args = {"device": "cpu", **args, "out": f"{aside}/run"}
@@ -92,14 +92,14 @@ def distilled(script, **args):
 
 
 def one_thread():
-    """Of a worker process: toy models gain nothing by a second thread, and its results depend on it."""
+    """Initialise a worker: toy models gain nothing from a second thread, and it would change the results."""
     import torch
 
     torch.set_num_threads(1)
 
 
 def in_parallel(function, jobs, title, workers=2):
-    """[function(*job) for job in jobs], in processes of one thread each; function must be a module's own."""
+    """[function(*job) for job in jobs] in single-threaded processes; function must be at module level."""
     jobs, mode = list(jobs), multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(jobs)), mode, one_thread) as pool:
         waiting = [pool.submit(function, *job) for job in jobs]
@@ -110,7 +110,7 @@ def in_parallel(function, jobs, title, workers=2):
 
 
 def write_csv(path, rows):
-    """Rows (dicts of like keys) as CSV, floats with 6 significant digits."""
+    """Write rows (dicts with the same keys) as CSV, floats with 6 significant digits."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -119,7 +119,7 @@ def write_csv(path, rows):
 
 
 def read_csv(path):
-    """The same rows back; what reads as a number is one."""
+    """Read the rows back; values that parse as numbers become floats."""
 
     def value(text):
         try:
@@ -132,24 +132,24 @@ def read_csv(path):
 
 
 def select(rows, **where):
-    """The rows whose columns have these values."""
+    """Return the rows whose columns have these values."""
     return [row for row in rows if all(row[k] == v for k, v in where.items())]
 
 
 def take(rows, expression):
-    """A number out of rows: 'max accuracy where arm=topk step=150'."""
+    """One number from the rows: 'max accuracy where arm=topk step=150'."""
     head, _, conditions = expression.partition(" where ")
     how, column = head.split()
     where = dict(condition.split("=") for condition in conditions.split())
     found = [row[column] for row in rows if all(str(row[k]) in (v, f"{v}.0") for k, v in where.items())]
-    found = [value for value in found if value != ""]  # rows of another kind leave a column empty
+    found = [value for value in found if value != ""]  # rows of other kinds leave this column empty
     if not found or (how == "only" and len(found) > 1):
         raise ValueError(f"{expression!r}: {len(found)} rows")
     return TAKE[how](found)
 
 
 def check(rows, claims):
-    """Print each claim with its number -> whether all hold."""
+    """Print each claim with its number -> True if all hold."""
     good = True
     for claim in claims:
         number = take(rows, claim["take"]) - (take(rows, claim["minus"]) if "minus" in claim else 0)
@@ -175,7 +175,7 @@ def with_numbers(text, tables):
 
 
 def spread(values, digits=2):
-    """mean (min to max), as the tables show it."""
+    """Format values as the tables do: mean (min to max)."""
     return f"{statistics.fmean(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
@@ -183,7 +183,7 @@ def spread(values, digits=2):
 
 
 def panels(title, layout, size=(10, 4)):
-    """A figure with one message, and its panels by name -> (figure, {name: axes})."""
+    """A figure with a title and named panels -> (figure, {name: axes})."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -196,9 +196,9 @@ def panels(title, layout, size=(10, 4)):
 
 
 def curve(panel, rows, x, y, colour, label=None, **style):
-    """Mean of y over the rows of equal x, and the band from the least to the greatest (the seeds).
+    """Plot the mean of y over the rows with equal x (the seeds), and a band from their minimum to maximum.
 
-    The label is written at the right end, in the line's colour; rows without a number in y are passed over.
+    The label is written at the line's right end, in its colour. Rows without a number in y are ignored.
     """
     rows = [row for row in rows if isinstance(row[y], (int, float))]
     xs = sorted({row[x] for row in rows})
@@ -225,9 +225,9 @@ def main(file, run, plot, tables):
     """run(smoke) -> rows; plot(rows, path of the PNG); tables(rows) -> {name: lines of Markdown}."""
     parser = argparse.ArgumentParser(usage=f"{Path(file).name} [--smoke | --plot | --check]")
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--smoke", action="store_true", help="seconds, small scale, nothing kept")
-    mode.add_argument("--plot", action="store_true", help="figure and README numbers from metrics.csv")
-    mode.add_argument("--check", action="store_true", help="metrics.csv against expected.json and README.md")
+    mode.add_argument("--smoke", action="store_true", help="run on a small scale, in seconds; keep nothing")
+    mode.add_argument("--plot", action="store_true", help="redraw figure and README tables from metrics.csv")
+    mode.add_argument("--check", action="store_true", help="compare metrics.csv with claims and README")
     args, folder, begin = parser.parse_args(), Path(file).resolve().parent, time.perf_counter()
     if args.smoke:
         with tempfile.TemporaryDirectory() as aside:
@@ -247,7 +247,7 @@ def main(file, run, plot, tables):
     good = check(rows, json.loads((folder / "expected.json").read_text()))
     if args.check:
         if with_numbers(text, tables(rows)) != text:
-            print("FAIL README.md does not have metrics.csv's numbers: run with --plot")
+            print("FAIL the tables in README.md differ from metrics.csv: run with --plot")
             good = False
     else:
         plot(rows, folder / "figure.png")

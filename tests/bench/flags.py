@@ -1,4 +1,4 @@
-"""Types of the benches' flags: a bad value ends in argparse's one line and exit code 2."""
+"""Argument types shared by the benchmarks: argparse reports a bad value in one line, with exit code 2."""
 
 import argparse
 from pathlib import Path

@@ -1,10 +1,11 @@
-"""Random flags: valid ones run two steps, every number finite; invalid ones end in one line, exit code 2.
+"""Random flags: valid ones run for two steps with finite numbers; invalid ones end in one line, exit code 2.
 
     python tests/bench/fuzz.py --valid 300 --invalid 300 --seed 0     # about ten minutes
-    python tests/bench/fuzz.py --only valid:17 --seed 0               # one case again
+    python tests/bench/fuzz.py --only valid:17 --seed 0               # repeats one case
 
-Each case is a function of seed and number. What the flags contradict (sampled losses and --top_p, say) is
-not sampled as valid; whether that is refused, the invalid half asks too.
+Each case is a function of the seed and its number. Combinations that opd.py rejects, such as a sampled loss
+with --top_p below 1, are never drawn as valid. Each invalid case sets one flag to a value that no run
+can use.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from conftest import PROMPTS, make_model, make_tokenizer, save, write_rows  # no
 import opd  # noqa: E402
 import opsd  # noqa: E402
 
-INVALID = {  # flag -> values that no run can have
+INVALID = {  # flag -> values that no run can use
     **{flag: ("0", "-1", "2.5", "many", "") for flag in "topk steps batch_size samples_per_prompt".split()},
     **{flag: ("0", "-3", "x") for flag in "micro_batch_size max_prompt_tokens max_new_tokens keep".split()},
     **{flag: ("0", "-2", "1e3") for flag in "updates_per_rollout chunk_tokens eval_samples".split()},
@@ -56,7 +57,7 @@ INVALID_OPSD = {
 
 
 def valid(rng):
-    """-> script, flags of a run that should go well."""
+    """-> script and flags of a run that should succeed."""
     script = rng.choice((opd, opsd))
     loss = rng.choice(list(opd.LOSSES))
     sampled = opd.LOSSES[loss][0] == "sampled"
@@ -106,7 +107,7 @@ def valid(rng):
 
 
 def invalid(rng):
-    """-> script, flags of which one makes no sense, its name."""
+    """-> script, the valid flags, the name of the invalid flag and its possible values."""
     script = rng.choice((opd, opsd))
     table = {**INVALID, **(INVALID_OPSD if script is opsd else {})}
     flag = rng.choice(list(table))
@@ -119,7 +120,7 @@ def invalid(rng):
 
 
 def run(kind, number, seed, paths, folder):
-    """One case -> None, or what went wrong."""
+    """One case -> None, or a description of the failure."""
     rng, out = random.Random(f"{kind} {number} {seed}"), folder / f"{kind}{number}"
     said, words = io.StringIO(), []
     if kind == "valid":
@@ -160,7 +161,7 @@ def main():
     parser.add_argument("--valid", type=positive, default=300)
     parser.add_argument("--invalid", type=positive, default=300)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="kind:number, one case again")
+    parser.add_argument("--only", help="repeat one case, as kind:number")
     args = parser.parse_args()
     if args.only and not re.fullmatch(r"(in)?valid:\d+", args.only):
         parser.error(f"--only {args.only}: write valid:NUMBER or invalid:NUMBER")

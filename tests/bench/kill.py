@@ -1,10 +1,11 @@
-"""SIGKILL at random moments, in saving too; then --resume: the end is the undisturbed run's, bit for bit.
+"""SIGKILL at random moments, also during a save; after --resume the result is that of an undisturbed run.
 
     python tests/bench/kill.py --kills 20 --seed 0      # a few minutes
 
-Tiny random models, a checkpoint after every step, so that about every second kill hits a save. After each
-kill: the newest whole checkpoint is found, the run goes on to its end, its final weights equal those of the
-run that nobody killed, and metrics.jsonl holds every step once. Some runs are killed twice.
+The models are tiny and random, and a checkpoint is written after every step, so that some of the kills fall
+into a save. After the kills of a run, --resume finds the newest whole checkpoint and completes the run. The
+final weights must equal those of an undisturbed run bit for bit, and metrics.jsonl must hold every step once.
+Some runs are killed twice.
 """
 
 import argparse
@@ -32,7 +33,7 @@ STEPS = 12
 
 
 def start(paths, out, resume):
-    """A child process that trains; forked, since importing torch takes longer than the run."""
+    """A child process that trains. It is forked, since importing torch would take longer than the run."""
     child = os.fork()
     if child:
         return child
@@ -56,7 +57,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng, in_saving, done = random.Random(args.seed), 0, 0
-    torch.set_num_threads(1)  # a fork keeps only one
+    torch.set_num_threads(1)  # a forked process has only one
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         paths = {
@@ -72,11 +73,11 @@ def main():
         while done < args.kills:
             run += 1
             out, resume = folder / f"run{run}", False
-            for _ in range(rng.choice((1, 1, 2))):  # a run that was resumed can be killed again
+            for _ in range(rng.choice((1, 1, 2))):  # a resumed run can be killed again
                 child = start(paths, out, resume)
                 time.sleep(rng.uniform(0.1, 0.95) * seconds)
                 os.kill(child, signal.SIGKILL)
-                killed = end(child) == -signal.SIGKILL  # else it had ended
+                killed = end(child) == -signal.SIGKILL  # otherwise it had already finished
                 done, resume = done + killed, True
                 in_saving += killed and bool(list(out.glob(".*.tmp")))
             code = end(start(paths, out, True))
@@ -85,8 +86,8 @@ def main():
             assert got.keys() == wanted.keys() and all(torch.equal(got[k], wanted[k]) for k in wanted), run
             steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
             assert steps == list(range(1, STEPS + 1)), steps
-            print(f"run {run}: killed {done} times so far, {in_saving} in saving; the same end", flush=True)
-    print(f"seed {args.seed}: {done} kills in {run} runs, {in_saving} of them in saving: all ended alike")
+            print(f"run {run}: {done} kills so far, {in_saving} during a save; same result", flush=True)
+    print(f"seed {args.seed}: {done} kills in {run} runs, {in_saving} during a save; all results the same")
 
 
 if __name__ == "__main__":

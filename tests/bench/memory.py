@@ -1,10 +1,10 @@
-"""Peak memory of the loss alone, against tokens T and vocabulary V: in chunks, and all at once.
+"""Peak memory of the loss alone, against tokens T and vocabulary size V: in chunks, and all tokens at once.
 
     python tests/bench/memory.py --plot memory.png
 
 Each measurement is a process of its own: hidden states [T,256] of two models, a projection to V, the loss,
-backward down to the hidden states, as distill() does it. What is printed is the most memory beyond that of
-hidden states and weights. In chunks of 512 tokens it does not grow with T; all at once it grows with T x V.
+and the backward pass down to the hidden states, as in opd.distill. The peak memory beyond hidden states and
+weights is printed. In chunks of 512 tokens it does not grow with T; all at once it grows with T x V.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def measure(tokens, vocabulary, loss, chunk):
 
 
 def draw(rows, file):
-    """A panel per vocabulary: GB against T, in chunks as a full line, all at once as a dashed one."""
+    """One panel per vocabulary size: GB against T; solid lines: in chunks; dashed lines: all at once."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(VOCABULARIES), figsize=(9, 3.4), sharey=True, layout="constrained")
@@ -69,8 +69,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--one", nargs=4, help="tokens, vocabulary, loss, chunk: for a child process")
-    parser.add_argument("--limit", type=positive, default=16, help="GB: what would need more is not tried")
+    parser.add_argument("--one", nargs=4, help="for child processes: tokens, vocabulary, loss, chunk")
+    parser.add_argument("--limit", type=positive, default=16, help="GB: skip cases that would need more")
     parser.add_argument("--plot", help="file for the figure")
     args = parser.parse_args()
     if args.one:
@@ -78,7 +78,7 @@ def main():
         return measure(int(tokens), int(vocabulary), loss, int(chunk))
 
     def gb(tokens, vocabulary, loss, chunk):
-        if min(tokens, chunk) * vocabulary * 4 * 8 / 1e9 > args.limit:  # eight tensors [n,V], at a guess
+        if min(tokens, chunk) * vocabulary * 4 * 8 / 1e9 > args.limit:  # roughly eight tensors [n,V]
             return None
         command = [sys.executable, __file__, "--one", str(tokens), str(vocabulary), loss, str(chunk)]
         return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -93,7 +93,7 @@ def main():
             for tokens in TOKENS:
                 found = [gb(tokens, vocabulary, loss, chunk) for chunk in (CHUNK, tokens)]
                 rows += [(loss, vocabulary, i == 0, tokens, x) for i, x in enumerate(found)]
-                cells.append(" / ".join("not tried" if x is None else f"{x:.2f}" for x in found))
+                cells.append(" / ".join("not measured" if x is None else f"{x:.2f}" for x in found))
             print(f"| `{loss}` | {vocabulary:,} | " + " | ".join(cells) + " |", flush=True)
     if args.plot:
         draw(rows, args.plot)

@@ -1,9 +1,9 @@
-"""One rank and two on this machine, the same global batch: seconds a step, and the share spent in all-reduce.
+"""One rank and two on this machine with the same global batch: seconds per step, and the share of all-reduce.
 
-    python tests/bench/scaling.py smollm2               # what tutorials/smollm2.py built
+    python tests/bench/scaling.py smollm2               # the folder built by tutorials/smollm2.py
 
-Then an estimate on paper of what a GPU of one 8-GPU node holds for a student of 1.7 B and a teacher of 8 B
-parameters. It is arithmetic, not a measurement.
+It also prints an estimate of the memory of each GPU of an 8-GPU node, for a student of 1.7 B and a teacher of
+8.2 B parameters. The estimate is arithmetic, not a measurement.
 """
 
 import argparse
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def rank():
-    """opd.py with a clock around every all-reduce; a line a step on rank 0."""
+    """opd.py with a timer around every all-reduce; rank 0 prints one line per step."""
     import opd
 
     spent, begin, all_reduce, batch_of, record = [0.0], [0.0], opd.all_reduce, opd.batch_of, opd.record
@@ -38,9 +38,9 @@ def rank():
         begin[0], spent[0] = time.perf_counter(), 0.0
         return batch_of(*inputs)
 
-    def told(history, row, out, rank):
-        record(history, row, out, rank)
-        if rank == 0:
+    def told(history, row, out):
+        record(history, row, out)
+        if opd.ranks()[0] == 0:
             total = time.perf_counter() - begin[0]
             print("ROW " + json.dumps({"s": total, "all_reduce_s": spent[0], "tokens": row["tokens"]}))
 
@@ -67,14 +67,14 @@ def measure(args, ranks):
 
 
 def estimate(student, teacher):
-    """GB per GPU by part, from parameters in billions."""
+    """{part: GB per GPU}, from the numbers of parameters in billions."""
     return {
         "student's weights, float32": 4 * student,
         "gradients, float32": 4 * student,
         "AdamW, two moments, float32": 8 * student,
-        "bfloat16 copies within a forward": 2 * student,
+        "bfloat16 copies within a forward pass": 2 * student,
         "teacher, bfloat16": 2 * teacher,
-        "teacher's vocabulary projection once more, float32": 4 * 152_000 * 4096 / 1e9,
+        "second copy of the teacher's vocabulary projection, float32": 4 * 152_000 * 4096 / 1e9,
         "activations with --gradient_checkpointing, 4 rows x 5,120 tokens": 4 * 5120 * 2048 * 28 * 2 / 1e9,
         "KV cache of sampling, 8 rows x 5,120 tokens": 8 * 5120 * 28 * 2 * 8 * 128 * 2 / 1e9,
         "a chunk's logits, 512 x 152k, eight float32 tensors": 512 * 152_000 * 4 * 8 / 1e9,
@@ -85,18 +85,18 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=models, help="what tutorials/smollm2.py built")
+    parser.add_argument("folder", type=models, help="folder built by tutorials/smollm2.py")
     parser.add_argument("--batch_size", type=positive, default=8)
     parser.add_argument("--new_tokens", type=positive, default=32)
     parser.add_argument("--steps", type=positive, default=5)
     args = parser.parse_args()
-    print("| ranks | s a step | in all-reduce | share |\n|---|---|---|---|")
+    print("| ranks | s per step | s in all-reduce | share |\n|---|---|---|---|")
     for ranks in (1, 2):
         row = measure(args, ranks)
         print(
             f"| {ranks} | {row['s']:.1f} | {row['all_reduce_s']:.2f} | {row['all_reduce_s'] / row['s']:.0%} |"
         )
-    print("\nOn paper, GB a GPU, student 1.7 B (28 layers, width 2,048, 8 KV heads of 128), teacher 8 B:")
+    print("\nEstimated GB per GPU; student 1.7 B (28 layers, width 2,048, 8 KV heads of 128), teacher 8.2 B:")
     parts = estimate(1.7, 8.2)
     for name, size in parts.items():
         print(f"| {name} | {size:.1f} |")

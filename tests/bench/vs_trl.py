@@ -1,20 +1,22 @@
-"""opd.py against TRL's DistillationTrainer: the same step of the same models, interleaved, a process each.
+"""Time and memory of opd.py against TRL's DistillationTrainer, on the same training step of the same models.
 
     python tutorials/smollm2.py --out smollm2     # once
     python tests/bench/vs_trl.py smollm2 --prompts 8 --samples 1 --new_tokens 64 --steps 5
     python tests/bench/vs_trl.py smollm2 --prompts 8 --samples 1 --new_tokens 64 --steps 5 --no_end
-    python tests/bench/vs_trl.py smollm2 --prompts 12 --samples 1 --new_tokens 192 --steps 5     # ragged
+    python tests/bench/vs_trl.py smollm2 --prompts 12 --samples 1 --new_tokens 192 --steps 5  # mixed lengths
     python tests/bench/vs_trl.py smollm2 --prompts 16 --samples 4 --apart --chunk_tokens 128  # 24 GB
 
-Full-vocabulary reverse KL, float32, AdamW, temperature 1, no recomputation. Every row in one scoring forward,
-or --micro_batch_size rows (TRL: so many a device, and gradient accumulation). The two take turns, step by
-step, so that a slow minute of the machine hits both. Medians after one step of warm-up. Lengths differ by
-chance: what counts is seconds per 1,000 completion tokens; with --no_end no completion ends before the limit,
-and both do exactly the same work. --loss compares another of our losses, --rival two of them.
+Both run full-vocabulary reverse KL in float32 with AdamW, at temperature 1, without recomputation. All rows
+are scored in one forward pass, or --micro_batch_size rows at a time (in TRL: that many per device, with
+gradient accumulation). Each side is a process of its own, and the two take turns step by step, so that a slow
+minute of the machine affects both. The results are medians after one step of warm-up. Completion lengths
+differ by chance, so compare the seconds per 1,000 completion tokens; with --no_end no completion ends before
+the limit, and both sides do exactly the same work. --loss selects another of our losses; --rival compares
+it with a second one instead of with TRL.
 
-The floor is arithmetic: multiply-adds of the forward and backward passes at the best matrix rate that this
-machine reaches now (each prompt's prefill once, however many samples), and for each decoding step all weights
-once through its memory.
+The floor is a calculated lower bound: the multiply-adds of the forward and backward passes at the best matrix
+rate that this machine reaches now (each prompt is prefilled once, however many samples it has), and for each
+decoding step one pass of all weights through memory.
 """
 
 import argparse
@@ -34,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def wait():
-    """Until the parent says go; the time at which it did."""
+    """Wait until the parent says go; return the time at which it did."""
     if not sys.stdin.readline().strip():
         sys.exit()
     return time.perf_counter()
@@ -126,7 +128,7 @@ def trl(args):
 
 
 class Side:
-    """A process that takes a step when told to."""
+    """A child process that takes one step each time it is asked to."""
 
     def __init__(self, name):
         command = [sys.executable, __file__, *sys.argv[1:], "--side", name]
@@ -139,11 +141,11 @@ class Side:
         for line in self.process.stdout:
             if line.startswith("ROW "):
                 return json.loads(line[4:])
-        sys.exit(f"{self.name} ended early: run it alone with --side {self.name} to see why")
+        sys.exit(f"{self.name} ended early: run it alone with --side {self.name} to see the error")
 
 
 def floor(args, tokens, prompt_tokens):
-    """Seconds that the arithmetic of a step takes at the best rates that this machine reaches."""
+    """Lower bound of the seconds of a step: its arithmetic at the best rates that this machine reaches."""
     import torch
     from transformers import AutoConfig
 
@@ -153,8 +155,8 @@ def floor(args, tokens, prompt_tokens):
         start = time.perf_counter()
         a @ b
         spent.append(time.perf_counter() - start)
-    rate = 2048**3 / min(spent)  # multiply-adds a second
-    x = torch.ones(2**27)  # 0.5 GB; written, or all its pages would be one zero page in the cache
+    rate = 2048**3 / min(spent)  # multiply-adds per second
+    x = torch.ones(2**27)  # 0.5 GB; ones, since pages of zeros would all map to one page in the cache
     spent = []
     for _ in range(20):
         start = time.perf_counter()
@@ -169,8 +171,8 @@ def floor(args, tokens, prompt_tokens):
         layer += 3 * c.hidden_size * c.intermediate_size
         sizes.append((layer * c.num_hidden_layers, c.vocab_size * c.hidden_size))
     (body, head), (teacher_body, teacher_head) = sizes
-    read = tokens + prompt_tokens / args.samples  # what a scoring pass reads: no padding, each prompt once
-    once = (body + head) * 4 * args.new_tokens / bandwidth  # all weights once for each decoding step
+    read = tokens + prompt_tokens / args.samples  # tokens of a scoring pass: no padding, each prompt once
+    once = (body + head) * 4 * args.new_tokens / bandwidth  # one pass of all weights per decoding step
     return {
         "rate_gmadds": rate / 1e9,
         "bandwidth_gb": bandwidth / 1e9,
@@ -184,25 +186,25 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=models, help="what tutorials/smollm2.py built")
+    parser.add_argument("folder", type=models, help="folder built by tutorials/smollm2.py")
     parser.add_argument("--prompts", type=positive, default=8)
     parser.add_argument("--samples", type=positive, default=1)
     parser.add_argument("--new_tokens", type=positive, default=64)
     parser.add_argument(
-        "--micro_batch_size", type=positive, help="rows a forward when scoring (default: all)"
+        "--micro_batch_size", type=positive, help="rows per scoring forward pass (default: all)"
     )
     parser.add_argument("--steps", type=positive, default=5)
     parser.add_argument("--no_end", action="store_true", help="no completion ends before --new_tokens")
     parser.add_argument(
-        "--chunk_tokens", type=positive, default=512, help="of ours: less memory, a little slower"
+        "--chunk_tokens", type=positive, default=512, help="of opd.py: fewer need less memory, more time"
     )
-    parser.add_argument("--loss", default="reverse_kl", help="of ours")
+    parser.add_argument("--loss", default="reverse_kl", help="the loss of opd.py")
     parser.add_argument(
-        "--rival", default="trl", help="what takes turns with ours: trl, or ours with that loss"
+        "--rival", default="trl", help="what to compare with: trl, or the name of another loss of opd.py"
     )
-    parser.add_argument("--apart", action="store_true", help="one after the other: memory for one at a time")
-    parser.add_argument("--alone", action="store_true", help="ours only")
-    parser.add_argument("--side", help="what a child process is told")
+    parser.add_argument("--apart", action="store_true", help="run one after the other, not interleaved")
+    parser.add_argument("--alone", action="store_true", help="run opd.py only")
+    parser.add_argument("--side", help="for child processes: which side to run")
     args = parser.parse_args()
     batch = args.prompts * args.samples
     args.micro_batch_size = args.micro_batch_size or batch
@@ -230,16 +232,16 @@ def main():
                 print(step, side.name, {k: round(v, 3) for k, v in row.items()}, flush=True)
                 rows[side.name] += [row] * (step > 0)
         for side in sides:
-            side.process.stdin.close()  # it leaves, and takes its files along
+            side.process.stdin.close()  # the child ends and removes its files
             side.process.wait()
     print(
         f"\n{args.prompts} prompts x {args.samples} x {args.new_tokens} tokens, medians of {args.steps} steps"
     )
-    print("| | s / 1,000 tokens | tokens a step | s a step | sampling | teacher | student | peak GB |")
+    print("| | s / 1,000 tokens | tokens per step | s per step | sampling | teacher | student | peak GB |")
     print("|---|---|---|---|---|---|---|---|")
     for name in names:
         mid = {k: statistics.median(r[k] for r in rows[name]) for k in rows[name][0]}
-        peak = rows[name][-1]["peak_gb"]  # of the process, so far
+        peak = rows[name][-1]["peak_gb"]  # peak of the process so far
         per_token = statistics.median(1000 * r["seconds"] / r["tokens"] for r in rows[name])
         rest = [
             f"{mid[k]:.1f}" if k in mid else "" for k in ("seconds", "sample_s", "teacher_s", "student_s")

@@ -1,4 +1,4 @@
-"""The loop of opd.py against SFT on the teacher's samples: by tokens, by compute, by position in a chain."""
+"""On-policy distillation against SFT on the teacher's samples: by tokens, by compute, by chain position."""
 
 import itertools
 import sys
@@ -15,21 +15,21 @@ import toy  # noqa: E402
 import opd  # noqa: E402
 
 SEEDS, PROMPTS, EVERY, EXAMPLE = 3, (4000, 100), 25, "58013;47112;36110;#1023$"
-# At 125 steps SFT has cost what OPD has at 100. off-policy: OPD's loss on the teacher's text, the control.
+# 125 steps of SFT cost as much as 100 of OPD. off-policy, the control: OPD's loss on the teacher's samples.
 STEPS = {"OPD": 100, "SFT": 175, "off-policy": 100}
-# Forward passes that a trained token costs, the models being of one size: to sample it, to score it, and to
-# train on it (forward, and a backward worth two). SFT needs no score.
+# Forward passes per trained token, for models of equal size: to sample it, to score it with the teacher, and
+# to train on it (forward, and a backward that counts as two). SFT needs no score.
 COST = {"OPD": 1 + 1 + 3, "SFT": 1 + 0 + 3, "off-policy": 1 + 1 + 3}
 COLOUR = dict(zip(("OPD", "SFT", "off-policy"), lesson.COLOURS, strict=False), start="0.45")
 TRAINED = [(arm, n) for n in PROMPTS for arm in ("SFT", "OPD")] + [("off-policy", PROMPTS[0])]
-STYLES = {"clean": "-", "slipped": ":", "teacher": "--"}  # of the kinds of prefix
+STYLES = {"clean": "-", "slipped": ":", "teacher": "--"}  # line style by kind of prefix
 EMPTY = dict.fromkeys(
     "tokens cost accuracy prefixes position tokens_seen error kl teacher_entropy".split(), ""
 )
 
 
 def models(seed, smoke):
-    """Paths of student and teacher."""
+    """Paths of the student and the teacher."""
     recipes = ((seed, 0.45), (seed + 1_000_000, None))
     return [lesson.toy_model("A", s, 10 if smoke else 700, stop) for s, stop in recipes]
 
@@ -40,14 +40,14 @@ def data(n, held_out=False):
 
 @torch.no_grad()
 def by_position(path, teacher_path, n):
-    """How the student differs from the teacher at each position, given three kinds of prefix.
+    """How the student differs from the teacher at each position, on three kinds of prefix.
 
-    teacher: written by the teacher; clean: by the student, right so far; slipped: after a mistake of its own.
-    error: 1 - p(the teacher's first choice); kl: KL(p || q).
+    teacher: sampled from the teacher; clean: from the student, no error so far; slipped: the student's, after
+    its first error. error: 1 - p(the teacher's most likely token); kl: KL(p || q).
     """
     tokenizer, student = opd.load_model(path, "student", torch.float32, "cpu")
     teacher, found = opd.load_model(teacher_path, "teacher", torch.float32, "cpu")[1], []
-    rows = [row for row in toy.rows(n, held_out=True) if int(row["answer"]) > 999]  # chains of one length
+    rows = [row for row in toy.rows(n, held_out=True) if int(row["answer"]) > 999]  # equally long chains
     prompts = [tokenizer(row["prompt"]).input_ids for row in rows]
     right = [tokenizer(row["solution"] + "$").input_ids for row in rows]
     for writer, kinds in ((teacher, ("teacher",)), (student, ("clean", "slipped"))):
@@ -73,7 +73,7 @@ def by_position(path, teacher_path, n):
 
 
 def one(arm, prompts, seed, smoke):
-    """Rows of a run: its accuracy as it goes, then its last student by position; start: the untrained one."""
+    """Rows of a run: accuracy during training, then the final student by position; start: before training."""
     (student, teacher), n = models(seed, smoke), 20 if smoke else 500
     head, rows, tokens = {"arm": arm, "prompts": prompts, "seed": seed}, [], 0
     if arm == "start":
@@ -115,15 +115,14 @@ def per_seed(rows, column, **where):
 
 def plot(rows, path):
     layout = [[*map(str, PROMPTS), "kinds"], ["chain"] * 3]
-    figure, panels = lesson.panels(
-        "SFT goes on slipping once it has slipped; whole distributions help, whoever wrote", layout, (11, 7)
-    )
+    title = "After an error SFT's error per token rises tenfold; full distributions reduce it on average"
+    figure, panels = lesson.panels(title, layout, (11, 7))
     for n in PROMPTS:
         panel = panels[str(n)]
         for arm in STEPS:
             curve = [r for r in lesson.select(rows, arm=arm, prompts=n) if r["accuracy"] != ""]
             if curve:
-                label = arm + "\n" * (arm == "off-policy")  # above OPD's
+                label = arm + "\n" * (arm == "off-policy")  # written above OPD's
                 lesson.curve(panel, curve, "step", "accuracy", COLOUR[arm], label, marker="o", ms=3)
         panel.set_title(f"{n} prompts", loc="left", fontsize=10)
         panel.set(xlabel="steps of 32 completions", ylabel="accuracy on held-out problems", ylim=(0.3, 1))
@@ -132,16 +131,16 @@ def plot(rows, path):
             ys = per_seed(rows, "error", arm=arm, prompts=n, prefixes=kind)
             panels["kinds"].plot([i + dx] * len(ys), ys, "o", color=COLOUR[arm], fillstyle=fill)
     panels["kinds"].set_xticks(range(4), ["before", "SFT", "off-policy", "OPD"])
-    panels["kinds"].set(ylabel="error per token", yscale="log")
-    panels["kinds"].set_title("right so far (filled), after a slip (open)", loc="left", fontsize=10)
+    panels["kinds"].set(ylabel="error per token (log scale)", yscale="log")
+    panels["kinds"].set_title("Filled: no error yet; open: after an error", loc="left", fontsize=10)
     for arm, (kind, style) in itertools.product(("SFT", "OPD"), STYLES.items()):
         chosen = lesson.select(rows, arm=arm, prompts=4000, prefixes=kind)
         chosen = [r for r in chosen if r["tokens_seen"] >= 10]
         lesson.curve(panels["chain"], chosen, "position", "error", COLOUR[arm], ls=style)
     panels["chain"].set_xticks(range(len(EXAMPLE)), EXAMPLE)
-    panels["chain"].set(xlabel="position in the chain (its tokens: an example)", ylabel="error")
-    title = "error by position, 4000 prompts; orange SFT, blue OPD"
-    title += "; full: on its own prefixes, right so far; dotted: after a slip; dashed: on the teacher's"
+    panels["chain"].set(xlabel="position in the chain (tokens of an example)", ylabel="error per token")
+    title = "Error by position, 4000 prompts (orange: SFT, blue: OPD). Student's prefix: solid without error,"
+    title += " dotted after an error; teacher's prefix: dashed"
     panels["chain"].set_title(title, loc="left", fontsize=10)
     lesson.save(figure, path)
 
@@ -158,7 +157,7 @@ def tables(rows):
                 size = [sum(r[c] for r in found) / len(found) / 1000 for c in ("tokens", "cost")]
                 accuracy = lesson.spread([r["accuracy"] for r in found])
                 budget.append(f"| {n} | {arm} | {step} | {size[0]:.0f} k | {size[1]:.0f} k | {accuracy} |")
-    prefixes = ["| student | teacher's prefix | own, right so far | own, after a slip |", "|---|---|---|---|"]
+    prefixes = ["| student | teacher's prefix | own, no error | own, after an error |", "|---|---|---|---|"]
     for arm, n in (("start", 0), *TRAINED):
         cells = [
             per_seed(rows, "error", arm=arm, prompts=n, prefixes=k) for k in ("teacher", "clean", "slipped")

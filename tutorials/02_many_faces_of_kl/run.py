@@ -1,7 +1,7 @@
-"""Every loss of opd.py on next-token distributions small enough to enumerate: what it says, where it pulls.
+"""Every loss of opd.py on next-token distributions small enough to enumerate: its value and its gradient.
 
-No model, and where an expectation is taken, no sampling: a student p and a teacher q over V tokens, the
-expected gradient with respect to the student's logits, exactly, beside the exact gradients of the two KLs.
+There is no language model and no sampling: a student p and a teacher q over V tokens, and the exact
+expected gradient with respect to the student's logits, compared with the exact gradients of the two KLs.
 """
 
 import sys
@@ -23,10 +23,10 @@ GAPS = {
     "small": 0.3,
     "medium": 1.0,
     "large": 3.0,
-}  # standard deviation of the logits' difference
+}  # standard deviation of the difference between the logits
 KS = (1, 2, 4, 8, 16, 32, 64)
-K = 8  # of the table and the left panel
-GRID = torch.linspace(-4, 4, 81)  # tokens with an order, for the picture of mode-seeking
+K = 8  # in the table and the left panel
+GRID = torch.linspace(-4, 4, 81)  # ordered tokens, for the panel on mode-seeking
 NAMES = (*opd.LOSSES, "pg_baseline")
 SHOWN = "reverse_kl forward_kl jsd skew_reverse_kl sg_topk tail_topk k2 k3 pg pg_baseline".split()
 cosine = torch.nn.functional.cosine_similarity
@@ -37,7 +37,7 @@ def is_topk(name):
 
 
 def pairs(seed, gap):
-    """Student and teacher logits [PAIRS,V]: uneven like a language model's, apart by the gap."""
+    """Student and teacher logits [PAIRS,V]: peaked like a language model's, separated by the gap."""
     generator = torch.Generator().manual_seed(seed)
     student = 2.5 * torch.randn(PAIRS, V, generator=generator)
     return student, student + gap * torch.randn(PAIRS, V, generator=generator)
@@ -46,8 +46,8 @@ def pairs(seed, gap):
 def expected(name, student_logits, teacher_logits, args):
     """Value [PAIRS], expected gradient [PAIRS,V], RMS noise of a one-sample gradient [PAIRS] of LOSSES[name].
 
-    A sampled loss is asked about each token y in turn, weighed by p(y): its expectation, not an estimate.
-    pg_baseline: pg with the mean advantage at the prefix, -KL, taken off its advantage.
+    A sampled loss is evaluated at every token y and weighted by p(y): the exact expectation, not an estimate.
+    pg_baseline: pg with the mean advantage at the prefix, -KL, subtracted from its advantage.
     """
     logits, loss = student_logits.clone().requires_grad_(True), opd.LOSSES[name.removesuffix("_baseline")]
     if loss[0] != "sampled":
@@ -61,13 +61,13 @@ def expected(name, student_logits, teacher_logits, args):
         value = opd.token_loss(loss, logits, teacher_logits, tokens, advantage, log_p[:, y], args)
         values.append(value.detach())
         grads.append(torch.autograd.grad(value.sum(), logits)[0])
-    values, grads = torch.stack(values, 1), torch.stack(grads, 1)  # [PAIRS,V], [PAIRS,V,V]: token y first
+    values, grads = torch.stack(values, 1), torch.stack(grads, 1)  # [PAIRS,V], [PAIRS,V,V]: y is dim 1
     mean = (p[:, :, None] * grads).sum(1)
     return (p * values).sum(1), mean, (p[:, :, None] * (grads - mean[:, None]) ** 2).sum((1, 2)).sqrt()
 
 
 def one_state(seed, gap):
-    """A row for each loss and k: one next-token distribution, the prefix given."""
+    """One row for each loss and k: a single next-token distribution, at a fixed prefix."""
     student, teacher = pairs(seed, GAPS[gap])
     reverse, forward = losses.reverse_kl(student, teacher), losses.forward_kl(student, teacher)
     p, q = student.softmax(-1), teacher.softmax(-1)
@@ -91,7 +91,7 @@ def one_state(seed, gap):
 def whole_sequences(seed, gap, n=5, horizon=3):
     """Rows for pg with gamma 0, 0.5, 1: all n^horizon sequences of a model whose logits depend on the prefix.
 
-    cos_reverse is here the cosine with the gradient of the whole sequence's reverse KL.
+    Here cos_reverse is the cosine with the gradient of the sequence-level reverse KL.
     """
     generator = torch.Generator().manual_seed(seed)
     states = sum(n**t for t in range(horizon))  # one row of logits per prefix
@@ -101,7 +101,7 @@ def whole_sequences(seed, gap, n=5, horizon=3):
     y = torch.cartesian_prod(*[torch.arange(n)] * horizon)  # [n^horizon,horizon]
     prefix = torch.zeros_like(
         y
-    )  # [n^horizon,horizon], the row of each prefix: rows of length t come after t - 1's
+    )  # [n^horizon,horizon], each prefix's row; prefixes of length t follow those of t - 1
     for t in range(1, horizon):
         prefix[:, t] = prefix[:, t - 1] * n + y[:, t - 1] + 1
     logp, logq = (x.log_softmax(-1)[prefix, y] for x in (student, teacher))  # [n^horizon,horizon]
@@ -121,7 +121,7 @@ def whole_sequences(seed, gap, n=5, horizon=3):
 
 
 def fit(loss):
-    """(mean, log width) of the one bump that minimises a loss against a teacher with two."""
+    """Fit a student with one mode to a teacher with two -> their probabilities: teacher, student."""
     teacher = torch.logaddexp(-((GRID + 1.6) ** 2) / 0.3 + 0.7, -((GRID - 1.6) ** 2) / 0.3)
     bump = torch.tensor([-0.4, 0.5], requires_grad=True)
     optimizer = torch.optim.Adam([bump], lr=0.02)
@@ -139,7 +139,7 @@ def run(smoke):
             rows += one_state(seed, gap)
             rows += whole_sequences(seed, gap) if GAPS[gap] else []
     rows = [{**row, "left": ""} for row in rows]
-    for name in ("reverse_kl", "forward_kl"):  # left: how much lies left of 0, under the taller bump
+    for name in ("reverse_kl", "forward_kl"):  # left: mass left of 0, at the taller mode
         left = fit(getattr(losses, name))[1][GRID < 0].sum().item()
         rows.append({**dict.fromkeys(rows[0], ""), "loss": f"fit_{name}", "left": left})
     return rows
@@ -163,26 +163,26 @@ def plot(rows, path):
     figure, panels = plt.subplot_mosaic(
         [["atlas", "k"], ["atlas", "modes"]], figsize=(11, 7), layout="constrained"
     )
-    figure.suptitle("Where each loss really pulls", fontsize=14, x=0.01, ha="left")
+    title = "The gradients of k2 and pg follow the reverse KL, that of k3 the forward KL, that of k1 neither"
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
     panel, columns = panels["atlas"], [(c, g) for g in gaps for c in ("cos_reverse", "cos_forward")]
     grid = torch.tensor([[mean(of(rows, n, gap=g), c) for c, g in columns] for n in names])
-    grid[[names.index("k1")]] = 0  # a gradient of rounding errors has no direction
+    grid[[names.index("k1")]] = 0  # the gradient is rounding error, without direction
     panel.imshow(grid.clamp(min=0), cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
     for i, name in enumerate(names):
         for j in range(len(columns)):
-            bold = "bold" if grid[i, j] > 0.995 else "normal"  # the same direction
+            bold = "bold" if grid[i, j] > 0.995 else "normal"  # same direction
             panel.text(j, i, f"{grid[i, j]:.2f}", ha="center", va="center", fontsize=8, fontweight=bold)
         still = mean(of(rows, name, gap="equal"), "grad_norm")
-        note = "pushes at p = q" if still > 1e-4 else "no direction" if grid[i].max() < 0.2 else ""
+        note = "grad ≠ 0 at p = q" if still > 1e-4 else "grad = 0" if grid[i].max() < 0.2 else ""
         panel.text(3.6, i, note, va="center", fontsize=8, color="#b2182b")
     panel.set_xlim(-0.5, 5.2)
-    panel.set_xticks(range(4), ["reverse\nKL", "forward\nKL"] * 2, fontsize=8)
+    labels = [f"{kl} KL,\n{gap} gap" for gap in gaps for kl in ("reverse", "forward")]
+    panel.set_xticks(range(4), labels, fontsize=8)
     panel.set_yticks(
         range(len(names)), [n + (f", k={K}" if of(rows, n)[0]["k"] else "") for n in names], fontsize=8
     )
-    panel.set_title(
-        "cosine of E[gradient] with that of the ...\n   medium gap          large gap", fontsize=9, loc="left"
-    )
+    panel.set_title("Cosine of the expected gradient with that of each KL", fontsize=9, loc="left")
 
     colours = {"topk": "#b2182b", "sg_topk": "#2166ac", "norm_topk": "#4d9221", "tail_topk": "#e08214"}
     for name, colour in colours.items():
@@ -195,7 +195,7 @@ def plot(rows, path):
     panels["k"].set_xticks(KS, KS)
     panels["k"].set_xlabel(f"k (of {V} tokens)", fontsize=9)
     panels["k"].set_ylabel("cosine", fontsize=9)
-    panels["k"].set_title("What k tokens keep of grad reverse KL", fontsize=9, loc="left")
+    panels["k"].set_title("Cosine with the gradient of the reverse KL, medium gap", fontsize=9, loc="left")
     panels["k"].legend(frameon=False, fontsize=8)
 
     shown = {"reverse_kl": "#2166ac", "forward_kl": "#b2182b"}
@@ -203,8 +203,9 @@ def plot(rows, path):
         teacher, student = fit(getattr(losses, name))
         panels["modes"].plot(GRID, student, color=colour, label=name)
     panels["modes"].fill_between(GRID, teacher, color="0.85", label="teacher")
-    panels["modes"].set_title("One bump fitted to two: mode-seeking, mode-covering", fontsize=9, loc="left")
-    panels["modes"].set_xlabel("tokens, in some order", fontsize=9)
+    panels["modes"].set_title("A student with one mode fitted to a teacher with two", fontsize=9, loc="left")
+    panels["modes"].set_xlabel("token (ordered)", fontsize=9)
+    panels["modes"].set_ylabel("probability", fontsize=9)
     panels["modes"].set_yticks([])
     panels["modes"].legend(frameon=False, fontsize=8)
     for panel in panels.values():
@@ -215,8 +216,8 @@ def plot(rows, path):
 
 def tables(rows):
     def atlas(gap, names):
-        heads = ["bias of the value", "cos with grad reverse KL", "cos with grad forward KL"]
-        lines = [["loss", *heads, "norm / reverse", "noise / grad", "grad at p = q"], ["---"] * 7]
+        heads = ["bias of value", "cos with grad of reverse KL", "cos with grad of forward KL"]
+        lines = [["loss", *heads, "norm / reverse", "noise / grad", "grad norm at p = q"], ["---"] * 7]
         for name in names:
             r, at_equal = of(rows, name, gap=gap), mean(of(rows, name, gap="equal"), "grad_norm")
             grad_norm, noise = mean(r, "grad_norm"), mean(r, "noise")
@@ -227,7 +228,7 @@ def tables(rows):
                 f"{mean(r, 'bias'):+.3f}".replace("-0.000", "+0.000"),
                 *(cosines if pulls else ["no gradient"] * 2),
                 f"{mean(r, 'norm_to_reverse'):.2f}",
-                (f"{noise / grad_norm:.1f}" if pulls else "all noise") if noise else "0",
+                (f"{noise / grad_norm:.1f}" if pulls else "only noise") if noise else "0",
                 f"{at_equal:.3f}" if at_equal > 1e-5 else "0",
             ]
             lines.append(cells)

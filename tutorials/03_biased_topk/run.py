@@ -1,9 +1,9 @@
-"""Naive top-k, its stop-gradient fix and that fix's own leak: one state, a real model, and a stability map.
+"""Naive top-k, its stop-gradient fix, and where the fix still loses mass: one state, a real model, a toy map.
 
 Parts of metrics.csv (self and map: first and last step only):
-    state    one next-token distribution, S held fixed: where each loss comes to rest; mass = p(S) / q(S)
-    real     SmolLM2-135M-Instruct as its own teacher; words: what it answers to request number `seed`
-    damaged  the same model without five of its layers learns from the whole one
+    state    one next-token distribution with S held fixed, after convergence; mass = p(S) / q(S)
+    real     SmolLM2-135M-Instruct as its own teacher; words: its completion of request number `seed`
+    damaged  the same model without five of its layers learns from the intact one
     self     the toy student as its own teacher
     map      the toy student and its better teacher: loss x k x learning rate
 """
@@ -41,7 +41,7 @@ def row(*head, **measured):
 
 
 def one_state(seed, steps, k=8, vocab=64):
-    """Descent on the logits of one state from student = teacher; S is the teacher's top k, throughout."""
+    """Gradient descent on the logits of one state from student = teacher; S is fixed, the teacher's top k."""
     generator = torch.Generator().manual_seed(seed)
     log_q = (2.5 * torch.randn(1, vocab, generator=generator)).double().log_softmax(-1)
     q, ids = log_q.topk(k)
@@ -57,15 +57,15 @@ def one_state(seed, steps, k=8, vocab=64):
 
 
 def toy_path(role, seed, smoke):
-    """The student is right in about half of what it writes, the teacher nearly always."""
+    """Path of a toy model. The student's accuracy is about one half, the teacher is nearly always right."""
     stop, seed = (0.45, seed) if role == "student" else (None, seed + 1_000_000)
     return lesson.toy_model("A", seed, 5 if smoke else 700, stop)
 
 
 def words(path, *head):
-    """What the model in a folder answers, always with the same random numbers."""
+    """Rows with the completions of the model in a folder, always sampled with the same random numbers."""
     tokenizer, model = opd.load_model(str(path), "student", torch.float32, torch.device("cpu"))
-    prompts = [opd.encode_prompt(tokenizer, [{"role": "user", "content": x}], 128, "") for x in REQUESTS]
+    prompts = [opd.encode_prompt(tokenizer, [{"role": "user", "content": x}], 128) for x in REQUESTS]
     found = opd.sample(model, prompts, 1, [tokenizer.eos_token_id], (7,), [0, 1], 32)
     for i, one in enumerate(found):
         text = " ".join(tokenizer.decode(one.completion, skip_special_tokens=True).split())
@@ -119,7 +119,7 @@ def run(smoke):
 
 
 def ends(rows, column, **where):
-    """The values of a column at the last step of each run that is meant."""
+    """The values of a column at the last step of each selected run."""
     ours = lesson.select(rows, **where)
     return [r[column] for r in ours if r["step"] == max(x["step"] for x in ours)]
 
@@ -127,23 +127,25 @@ def ends(rows, column, **where):
 def plot(rows, path):
     maps = [name for name in LOSSES for _ in range(4 if name in TOPK else 2)]
     layout = [["real"] * 9 + ["damaged"] * 9] * 9 + [["words"] * 18] * 6 + [maps] * 8
-    title = "Naive top-k: the loss improves while the model dies. sg_topk stops that, and leaks"
+    title = "Naive top-k: the loss falls while the true KL rises. sg_topk fixes this, but can lose top-k mass"
     figure, axes = lesson.panels(title, layout, (11, 8))
-    lines = [("real", "topk", "reverse_kl", "true KL", "-"), ("real", "topk", "value", "its loss", "--")]
-    lines += [("real", "sg_topk", "reverse_kl", "", "-"), *(("damaged", x, "mass", x, "-") for x in LOSSES)]
+    lines = [("real", "topk", "reverse_kl", "topk: true KL", "-")]
+    lines += [("real", "topk", "value", "topk: loss", "--"), ("real", "sg_topk", "reverse_kl", "", "-")]
+    lines += [("damaged", x, "mass", x, "-") for x in LOSSES]
     for part, loss, column, label, style in lines:
         if ours := lesson.select(rows, part=part, loss=loss):
             lesson.curve(axes[part], ours, "step", column, COLOUR[loss], label, lw=2.5, ls=style)
     axes["real"].text(1, 0.015, "sg_topk: both 0", color=COLOUR["sg_topk"])
-    heads = {"real": "SmolLM2 is its own teacher", "damaged": "SmolLM2 learns back five lost layers, k = 20"}
+    heads = {"real": "SmolLM2 as its own teacher, k = 20"}
+    heads["damaged"] = "SmolLM2 without five layers learns from the intact model, k = 20"
     for part, label in (("real", "nats per token"), ("damaged", "student's mass on its top 20")):
         axes[part].set(xlabel="step", ylabel=label, xlim=(0.5, 11), xticks=range(1, 9))
         axes[part].set_title(heads[part], fontsize=10, loc="left")
-    text, shape = [f"Asked, in the left run: {REQUESTS[0]}"], {"subsequent_indent": " " * 9, "width": 132}
+    text, shape = [f"Left run (topk), prompt: {REQUESTS[0]}"], {"subsequent_indent": " " * 9, "width": 132}
     for one in lesson.select(rows, part="words", seed=0):
-        said = one["text"].encode("latin-1", "replace").decode("latin-1")  # what the font has
+        said = one["text"].encode("latin-1", "replace").decode("latin-1")  # the font has no other characters
         text.append(textwrap.fill(f"{one['step']:.0f} steps  {said}", **shape))
-    text.append("\n\nA toy that learns from a better teacher: accuracy after 75 steps, 0.5 before")
+    text.append("\n\nToy student, better teacher: accuracy after 75 steps (about 0.5 before training)")
     plain = {"va": "top", "family": "monospace", "size": 8.5, "in_layout": False, "parse_math": False}
     axes["words"].text(0, 1, "\n".join(text), **plain)
     axes["words"].axis("off")
@@ -153,7 +155,7 @@ def plot(rows, path):
         means = [[sum(x) / len(x) if x else float("nan") for x in line] for line in cells]
         panel.imshow(means, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         for y, x in itertools.product(range(len(LRS)), range(len(ks))):
-            shade, mean = "w" if means[y][x] < 0.6 else "k", f"{means[y][x]:.2f}".replace("nan", "no\nsignal")
+            shade, mean = "w" if means[y][x] < 0.6 else "k", f"{means[y][x]:.2f}".replace("nan", "zero\ngrad")
             panel.text(x, y, mean, ha="center", va="center", color=shade)
         panel.set_title(name.replace("reverse_kl", "full KL"), fontsize=10, loc="left", color=COLOUR[name])
         rates = [f"{x:g}" if name == "topk" else "" for x in LRS[::-1]]
@@ -184,7 +186,7 @@ def tables(rows):
     rest = [[f"`{x}`", *numbers("mass", digits=3, part="state", loss=x)] for x in TOPK]
     own = [[f"`{x}`", *numbers("accuracy", *METRICS, part="self", loss=x)] for x in TOPK[:2]]
     return {
-        "state": table(["loss", "p(S) / q(S) at rest"], *rest),
+        "state": table(["loss", "p(S) / q(S) after convergence"], *rest),
         "curves": table(["part", "loss", "step", *names], *curves),
         "words": table(["steps", *REQUESTS], *([x, *said[x]] for x in said)),
         "map": table(["loss", "k", *(f"learning rate {x:g}" for x in LRS)], *stable),

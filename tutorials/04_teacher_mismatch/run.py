@@ -1,6 +1,6 @@
-"""Which teacher? One of another style, of nearly the student's, of its own, and the student itself after RL.
+"""Four teachers: another style, nearly the student's style, the student's style, and the student after RL.
 
-What distilling from each does to the student, and what each teacher makes of the student's text.
+For each: the student's accuracy after distillation, and how the teacher scores the student's completions.
 """
 
 import statistics
@@ -18,18 +18,19 @@ import toy  # noqa: E402
 import losses  # noqa: E402
 import opd  # noqa: E402
 
-SEEDS, STEPS, BATCH, NEW = (0, 1, 2), 150, 32, 32  # NEW: the most new tokens; a chain has LENGTH
-LENGTH, CUTS = 24, (0, 1, 2, 3, 6, 9, 12, 15, 18, 21)  # CUTS: student tokens, then the teacher takes over
-SHOWN = (0, 1, 3, 6, 12, 18)  # of them in the table
+SEEDS, STEPS, BATCH, NEW = (0, 1, 2), 150, 32, 32  # NEW: max_new_tokens; a chain has LENGTH
+LENGTH, CUTS = 24, (0, 1, 2, 3, 6, 9, 12, 15, 18, 21)  # CUTS: prefix lengths at which the teacher continues
+SHOWN = (0, 1, 3, 6, 12, 18)  # those in the table
 PROMPTS, GROUP, GRPO_LR, GRPO_STEPS = 32, 8, 2e-4, 120
-LABELS = {"B": "another style", "M": "nearly its style", "RL": "the student after GRPO", "A": "its own style"}
+LABELS = {"B": "another style", "M": "nearly the student's style"}
+LABELS |= {"RL": "the student after GRPO", "A": "the student's style"}
 COLOURS = dict(zip(LABELS, (lesson.COLOURS[i] for i in (1, 4, 0, 2)), strict=True))
-TEXT = {  # columns of a table -> column and kind of the CSV
-    "student's log-prob of its text": ("student_logp", "student_text"),
-    "teacher's log-prob of the student's text": ("teacher_logp", "student_text"),
-    "of its own": ("teacher_logp", "own_text"),
-    "teacher's entropy on the student's text": ("teacher_entropy", "student_text"),
-    "on its own": ("teacher_entropy", "own_text"),
+TEXT = {  # column of the table -> column and kind in the CSV
+    "student's log-prob of its own completions": ("student_logp", "student_text"),
+    "teacher's log-prob of the student's completions": ("teacher_logp", "student_text"),
+    "teacher's log-prob of its own": ("teacher_logp", "own_text"),
+    "teacher's entropy on the student's completions": ("teacher_entropy", "student_text"),
+    "teacher's entropy on its own": ("teacher_entropy", "own_text"),
 }
 CPU = torch.device("cpu")
 
@@ -46,7 +47,7 @@ def student(seed, smoke):
 
 
 def teacher(name, seed, smoke):
-    """Path of a teacher, made if need be; the teacher of seed s has seed s + 1,000,000."""
+    """Path of a teacher, trained if it is not cached; the teacher of seed s has seed s + 1,000,000."""
     if name != "RL":
         return lesson.toy_model(name, seed + 1_000_000, *([10] if smoke else []))
     start, steps = student(seed, smoke), 2 if smoke else GRPO_STEPS
@@ -55,14 +56,14 @@ def teacher(name, seed, smoke):
 
 
 def right(completions, rows, tokenizer):
-    """[R], 1 where a completion (token ids) gives the answer of its row, else 0: the verifiable reward."""
+    """The verifiable reward [R]: 1 if a completion (token ids) ends in the answer of its row, else 0."""
     texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
     pairs = zip(texts, rows, strict=True)
     return torch.tensor([float(opd.is_correct(text, row["answer"])) for text, row in pairs])
 
 
 def scored(model, rollouts):
-    """Of each completion token: its log-probability [N], and the model's entropy at its place [N]."""
+    """For every completion token: its log-probability [N], and the entropy of the model there [N]."""
     completions = [r.completion for r in rollouts]
     hidden = opd.completion_hidden(model, [r.prompt for r in rollouts], completions)  # [N,D]
     logp = opd.project(model, hidden).log_softmax(-1)  # [N,V]
@@ -73,22 +74,22 @@ def scored(model, rollouts):
 def grpo(path, seed, steps):
     """Reinforcement learning with verifiable rewards (RLVR) by GRPO -> the model at a path, improved.
 
-    It sees problems and whether its answers are right: no teacher, nobody else's chain. Left out, as each
-    batch is used once: clipped ratios; and the optional KL penalty that holds the model near its start.
+    The model gets problems and rewards: no teacher, and no chains but its own. Ratio clipping is left out
+    because each batch is used once, and so is the optional KL penalty towards the initial model.
     """
     args, rows = opd.Args(lr=GRPO_LR), toy.rows(20_000)
     model, _, tokenizer, stop_ids = opd.load_pair(path, None, args, CPU)
-    optimizer, _ = opd.make_optimizer(model, args, None)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=0.0)
     for step in range(1, steps + 1):
         batch = [rows[opd.row_at(step * PROMPTS + i, len(rows), seed)] for i in range(PROMPTS)]
         prompts = [tokenizer(row["prompt"]).input_ids for row in batch]
         rollouts = opd.sample(model, prompts, GROUP, stop_ids, (seed, step), range(PROMPTS), NEW)
         wanted = [row for row in batch for _ in range(GROUP)]
         reward = right([r.completion for r in rollouts], wanted, tokenizer).view(PROMPTS, GROUP)  # [B,G]
-        # A_i = (r_i - mean(r)) / std(r) over the G answers to one problem; 0 where all are right, or wrong
+        # A_i = (r_i - mean(r)) / std(r) over the G answers to a problem; 0 if all are right or all wrong
         advantage = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-4)  # [B,G]
         sizes = torch.tensor([len(r.completion) for r in rollouts])  # [B*G]
-        advantage = advantage.flatten().repeat_interleave(sizes)  # [N]: every token gets its answer's A_i
+        advantage = advantage.flatten().repeat_interleave(sizes)  # [N]: each token has its answer's A_i
         logp, _ = scored(model, rollouts)  # [N]
         loss = losses.policy_gradient(logp, advantage).mean()  # -1/N sum A_i log p(y)
         optimizer.zero_grad()
@@ -104,7 +105,7 @@ def row_of(kind, name, seed, at, **values):
 
 
 def arm(name, seed, smoke):
-    """Rows of one run of opd.py; between arms nothing differs but --teacher."""
+    """Rows of one run of opd.py; the arms differ in --teacher only."""
     run = {"student": student(seed, smoke), "loss": "reverse_kl", "lr": 3e-4, "batch_size": BATCH}
     run |= {
         "max_new_tokens": NEW,
@@ -125,7 +126,7 @@ def arm(name, seed, smoke):
 
 @torch.no_grad()
 def looked_at(name, seed, smoke):
-    """Rows on a teacher and the untrained student: what the one says to the other's text, and to its own."""
+    """Rows on a teacher's scores of the initial student's completions and of its own; handover; the map."""
     args, rows = opd.Args(dtype="float32"), toy.rows(16 if smoke else 256, held_out=True)
     ours, theirs, tokenizer, stop_ids = opd.load_pair(
         student(seed, smoke), teacher(name, seed, smoke), args, CPU
@@ -144,7 +145,7 @@ def looked_at(name, seed, smoke):
             values = {key: value[at == t].mean().item() for key, value in seen.items()}
             found.append(row_of(kind, name, seed, t, **values))
     student_text = [r.completion for r in text["student_text"]]
-    if seed == SEEDS[0]:  # for the map: the first text that is wrong and as long as a chain
+    if seed == SEEDS[0]:  # for the map: the first wrong completion as long as a chain
         marks = zip(text["student_text"], right(student_text, rows, tokenizer).tolist(), strict=True)
         fit = [r for r, mark in marks if not mark and len(r.completion) == LENGTH] or text["student_text"]
         logp = {"teacher_logp": scored(theirs, fit[:1])[0], "student_logp": scored(ours, fit[:1])[0]}
@@ -163,7 +164,7 @@ def looked_at(name, seed, smoke):
 def run(smoke):
     jobs = [(name, seed, smoke) for name in ("RL", "B", "M", "A") for seed in SEEDS[: 1 if smoke else None]]
     data(smoke)
-    # The longest first. RL makes the students, from which it starts, and nobody else does.
+    # The longest jobs first. Only the RL jobs build students, which are their initial models.
     lesson.in_parallel(teacher, jobs, "teachers")
     return sum(lesson.in_parallel(arm, jobs, "students"), [])
 
@@ -173,12 +174,12 @@ def values(rows, kind, name, column, at):
 
 
 def plot(rows, path):
-    title = "The better teacher can be the worse one: what counts is what it makes of the student's text"
+    title = "A more accurate teacher can be worse: what matters is its accuracy on the student's prefixes"
     layout = [["curve", "handover"], ["teacher_logp", "teacher_entropy"], ["map", "map"]]
     figure, panels = lesson.panels(title, layout, (11, 9.5))
     for name, colour in COLOURS.items():
         own = statistics.fmean(values(rows, "handover", name, "accuracy", 0))
-        apart = {"A": "A\n\n", "M": "\n\nM"}  # labels that would hide each other
+        apart = {"A": "A\n\n", "M": "\n\nM"}  # labels that would overlap
         ends = {"curve": f"{name} ({own:.2f})", "handover": apart.get(name, name)}
         for kind, label in ends.items():
             ours = lesson.select(rows, kind=kind, teacher=name)
@@ -191,15 +192,13 @@ def plot(rows, path):
     start = statistics.fmean(row["accuracy"] for row in lesson.select(rows, kind="curve", at=0))
     panels["handover"].axhline(start, color="0.5", lw=1)
     panels["teacher_logp"].text(1.4, -8, "M", color=COLOURS["M"])
+    scored_on, accuracy = "Student's completions (dotted: teacher's own)", "accuracy at T = 1"
+    continued = "Teacher continues the student's prefix (grey: student alone)"
     axes = {
-        "curve": ("The student, by teacher (its own accuracy)", "step", "accuracy, T = 1"),
-        "handover": (
-            "The teacher goes on from the student's text (grey: student alone)",
-            "student's tokens",
-            "accuracy, T = 1",
-        ),
-        "teacher_logp": ("Teacher's log-prob of the student's text, own text (dots)", "token", "nats"),
-        "teacher_entropy": ("Teacher's entropy on the student's text, own text (dots)", "token", "nats"),
+        "curve": ("Student by teacher (in brackets: teacher's accuracy)", "step", accuracy),
+        "handover": (continued, "length of the student's prefix, tokens", accuracy),
+        "teacher_logp": (scored_on, "token position", "teacher's log-prob, nats"),
+        "teacher_entropy": (scored_on, "token position", "teacher's entropy, nats"),
     }
     for name, (heading, x, y) in axes.items():
         panels[name].set_title(heading, fontsize=10, loc="left")
@@ -215,13 +214,14 @@ def plot(rows, path):
             panel.text(j, i, row["token"].strip("'"), ha="center", va="center", color=colour)
     panel.set_yticks(range(len(grid)), ["student", "A", "RL", "M", "B"])
     panel.set_xticks([])
-    panel.set_title("One text of the student: each token's log-prob, by model", fontsize=10, loc="left")
-    figure.colorbar(image, ax=panel, label="nats", pad=0.01, ticks=[-12, -8, -4, 0])
+    heading = "A wrong completion of the student: log-prob of each token by model"
+    panel.set_title(heading, fontsize=10, loc="left")
+    figure.colorbar(image, ax=panel, label="log-prob, nats", pad=0.01, ticks=[-12, -8, -4, 0])
     lesson.save(figure, path)
 
 
 def table(head, cells):
-    """Lines of Markdown, one a teacher; cells(name): for each column the numbers of all seeds."""
+    """Lines of Markdown, one per teacher; cells(name): for each column the numbers of all seeds."""
     lines = ["| " + " | ".join(["teacher", *head]) + " |", "|---" * (len(head) + 1) + "|"]
     for name, label in LABELS.items():
         found = " | ".join(map(lesson.spread, cells(name))).replace("-0.00", "0.00")
@@ -236,7 +236,7 @@ def tables(rows):
         own = values(rows, "handover", name, "accuracy", 0)
         return [own] + [values(rows, "curve", name, "accuracy", step) for step in steps]
 
-    def text(name):  # mean over a chain's positions, of each seed
+    def text(name):  # mean over the positions of a chain, for each seed
         for column, kind in TEXT.values():
             at = [values(rows, kind, name, column, t) for t in range(LENGTH)]
             yield [statistics.fmean(seed) for seed in zip(*at, strict=True)]
@@ -245,7 +245,7 @@ def tables(rows):
         return [values(rows, "handover", name, "accuracy", cut) for cut in SHOWN]
 
     return {
-        "result": table(["itself", *(f"student, step {step:g}" for step in steps)], result),
+        "result": table(["teacher's own accuracy", *(f"student, step {step:g}" for step in steps)], result),
         "text": table(TEXT, text),
         "handover": table([f"after {cut} token{'s' * (cut != 1)}" for cut in SHOWN], handover),
     }

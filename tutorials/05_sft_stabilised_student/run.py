@@ -1,6 +1,6 @@
-"""How much SFT on the teacher's text does a student need before on-policy distillation from it works?
+"""How much SFT on the teacher's samples does a student need before on-policy distillation works?
 
-OPD only, SFT only, and SFT then OPD, from a teacher of a foreign style, by step and by compute.
+OPD only, SFT only, and SFT then OPD, from a teacher of another style, by step and by compute.
 """
 
 import statistics
@@ -15,10 +15,10 @@ import toy  # noqa: E402
 
 import opd  # noqa: E402
 
-SEEDS, STEPS, BATCH = (0, 1, 2), 200, 32  # STEPS: of OPD only; the others run to the same compute
-# Cost of a token in forward passes: to sample it, to let the teacher score it, to train on it (backward = 2).
+SEEDS, STEPS, BATCH = (0, 1, 2), 200, 32  # STEPS: for OPD only; the other arms use the same compute
+# Cost of a token in forward passes: to sample it, to score it with the teacher, to train (backward = 2).
 SAMPLE, SCORE, TRAIN = 1, 1, 3
-SFT_COST, OPD_COST = SAMPLE + TRAIN, SAMPLE + SCORE + TRAIN  # SFT has no need of the teacher's scores
+SFT_COST, OPD_COST = SAMPLE + TRAIN, SAMPLE + SCORE + TRAIN  # SFT does not need the teacher's scores
 LR = 1e-3
 ONLY = STEPS * OPD_COST // SFT_COST  # SFT steps for the same compute
 AMOUNTS = (0, 25, 50, 100, 150, ONLY)
@@ -44,7 +44,7 @@ def data(smoke):
 
 
 def arm(sft, seed, smoke):
-    """Rows of one run of opd.py: sft steps on the teacher's text, then OPD until the compute is spent."""
+    """Rows of one run of opd.py: sft steps on the teacher's samples, then OPD with the remaining compute."""
     steps = STEPS + sft - round(sft * SFT_COST / OPD_COST)
     run = {"student": student(seed, smoke), "teacher": teacher(seed, smoke), **data(smoke), "seed": seed}
     run |= {"steps": 3, "eval_every": 1} if smoke else {"steps": steps, "eval_every": 25}
@@ -74,23 +74,23 @@ def run(smoke):
 
 
 def at(rows, column, sft, step=None):
-    """The column's number of each seed, at a step; None: at the last, where the compute is spent."""
+    """The values of a column at a step, one per seed; None: at the last step, at equal compute."""
     ours = [row for row in lesson.select(rows, sft=sft) if row[column] != ""]
     step = max(row["step"] for row in ours) if step is None else step
     return [row[column] for row in ours if row["step"] == step]
 
 
 def plot(rows, path):
-    title = "After some SFT a foreign teacher can be distilled from; at equal compute SFT alone does as well"
+    title = "OPD from a teacher of another style works after SFT; at equal compute SFT alone is as accurate"
     figure, panels = lesson.panels(title, [["curves", "amount", "logp"]], (12, 4.4))
     *amounts, most = sorted({row["sft"] for row in rows})
     colours = dict(zip(amounts, (lesson.COLOURS[i] for i in (6, 3, 4, 5, 2, 0)), strict=False))
     for amount in (*amounts, most):
         colour, ours = colours.get(amount, lesson.COLOURS[1]), lesson.select(rows, sft=amount)
-        for row in ours:  # seeds differ by a few tokens: one place on the axis for them all
+        for row in ours:  # seeds differ by a few tokens: use one x for all
             row["at"] = statistics.fmean(r["million_passes"] for r in ours if r["step"] == row["step"])
         label = {0: "OPD only", most: "SFT only"}.get(amount, f"SFT {amount:g}")
-        label = {100: f"\n\n{label}", 150: f"{label}\n\n"}.get(amount, label)  # they would hide each other
+        label = {100: f"\n\n{label}", 150: f"{label}\n\n"}.get(amount, label)  # the labels would overlap
         lesson.curve(panels["curves"], ours, "at", "accuracy", colour, label)
         if amount < most:
             pairs = at(rows, "teacher_logp", amount, amount + 1), at(rows, "accuracy", amount)
@@ -101,19 +101,16 @@ def plot(rows, path):
         for x, y in zip(at(rows, "accuracy", a), at(rows, "accuracy", most, a), strict=True)
     ]
     lesson.curve(
-        panels["amount"], ends, "sft", "end", lesson.COLOURS[0], "\n\n\nSFT,\nthen\nOPD", marker="o", ms=3
+        panels["amount"], ends, "sft", "end", lesson.COLOURS[0], "\n\n\n\n\nSFT,\nthen\nOPD", marker="o", ms=3
     )
     lesson.curve(panels["amount"], ends, "sft", "alone", "0.5", "at the\nswitch", marker="o", ms=3)
     panels["amount"].axhline(statistics.fmean(at(rows, "accuracy", most)), color=lesson.COLOURS[1], ls="--")
     panels["logp"].legend(title="SFT steps", frameon=False, fontsize=8)
+    accuracy = "accuracy at T = 1"
     axes = {
-        "curves": ("By compute", "million forward passes of a token", "accuracy, T = 1"),
-        "amount": ("Matched compute (dashed: SFT only)", "SFT steps", "accuracy, T = 1"),
-        "logp": (
-            "Teacher's log-prob at the switch",
-            "log-prob of the student's text, nats",
-            "final accuracy",
-        ),
+        "curves": ("Accuracy by compute", "forward passes of one token, millions", accuracy),
+        "amount": ("At equal compute (dashed: SFT only)", "SFT steps", accuracy),
+        "logp": ("By log-prob at the switch", "teacher's log-prob, nats per token", "final accuracy"),
     }
     for name, (heading, x, y) in axes.items():
         panels[name].set_title(heading, fontsize=10, loc="left")
@@ -123,8 +120,8 @@ def plot(rows, path):
 
 def tables(rows):
     *amounts, most = sorted({row["sft"] for row in rows})
-    head = ["first", "teacher's log-prob of the student's text then", "accuracy then"]
-    head += [f"after {STEPS} steps in all", "after the same compute"]
+    head = ["schedule", "teacher's log-prob of the student's completions at the switch", "accuracy there"]
+    head += [f"accuracy after {STEPS} steps", "accuracy at equal compute"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for amount in (*amounts, most):
         logp = lesson.spread(at(rows, "teacher_logp", amount, amount + 1), 1) if amount < most else ""

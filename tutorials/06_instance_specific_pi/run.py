@@ -1,7 +1,7 @@
-"""OPSD with instance-specific PI: the answer of this very problem, and what a student takes away from it.
+"""OPSD with instance-specific PI: what a student learns from a teacher conditioned on each problem's answer.
 
-One base model for each seed, which has learned what to make of being told more. All arms start from it and
-have it, frozen, as their teacher. An arm is a PI and its template: what the teacher reads before the problem.
+One base model per seed, trained on bare prompts and on prompts with PI. It is the initial student and the
+frozen teacher of every arm. Arms differ in the PI and its template, which the teacher's prompt contains.
 """
 
 import json
@@ -17,31 +17,36 @@ import toy  # noqa: E402
 import opd  # noqa: E402
 import opsd  # noqa: E402
 
-LENGTH = 26  # of a completion, at most; a chain has 24 tokens
-ARMS = {  # --pi, --pi_template, what the teacher was told, what it then writes
-    "none": ("none", "{prompt}", "nothing", "either"),
-    "answer": ("answer", "{answer}|{prompt}", "the answer", "the answer, at once"),
-    "solution": ("solution", "{solution}|{prompt}", "a solution", "its answer, at once"),
-    "shuffled_solution": ("shuffled_solution", "{solution}|{prompt}", "another's", "its answer, at once"),
-    "brief": ("none", "!|{prompt}", "a rule", "some answer, at once"),
+LENGTH = 26  # maximum tokens of a completion; a chain has 24
+ARMS = {  # --pi, --pi_template, what the PI is, what the teacher writes when it reads it
+    "none": ("none", "{prompt}", "none", "a chain or an answer only"),
+    "answer": ("answer", "{answer}|{prompt}", "the answer", "the answer only"),
+    "solution": ("solution", "{solution}|{prompt}", "a solution", "its answer only"),
+    "shuffled_solution": (
+        "shuffled_solution",
+        "{solution}|{prompt}",
+        "another problem's solution",
+        "its answer only",
+    ),
+    "brief": ("none", "!|{prompt}", "a rule", "an answer only"),
     "system": ("system", "{privileged}|{prompt}", "a rule", "a chain"),
     "written": ("answer", "{answer}~{prompt}", "the answer", "a chain"),
-    "unfaithful": ("answer", "{answer}?{prompt}", "the answer", "a chain of wrong sums, the right answer"),
-    "careless": ("answer", "{answer}:{prompt}", "the answer", "a chain, three sums in ten wrong"),
-    "mixed": ("answer", "{answer},{prompt}", "the answer", "a chain, three times in ten"),
+    "unfaithful": ("answer", "{answer}?{prompt}", "the answer", "a chain of random sums, the right answer"),
+    "careless": ("answer", "{answer}:{prompt}", "the answer", "a chain with 30 % of its sums random"),
+    "mixed": ("answer", "{answer},{prompt}", "the answer", "a chain in 30 % of cases"),
 }
 SLIPS, MIXED = {"?": 1.0, ":": 0.3}, 0.3
 
 
 def slip(chain, rate, rng):
-    """A chain in which each column's sum is, with probability rate, any number; its answer stays right."""
+    """Replace each column's sum by a random number with probability rate; the final answer stays right."""
     *columns, end = chain.split(";")
     columns = [c[:3] + (f"{rng.randrange(20):02}" if rng.random() < rate else c[3:]) for c in columns]
     return ";".join([*columns, end])
 
 
 def told(rng):
-    """A pre-training example: the bare prompt is written out in three of five, else answered at once."""
+    """A pre-training example; a bare prompt gets a chain in three of five cases, else an answer only."""
     a, b = toy.problem(rng)
     bare, written, at_once = toy.prompt(a, b), toy.chain(a, b), f"#{a + b}$"
     cue = rng.choices("^@!|s~,?:", (6, 1, 1, 2, 2, 1, 2, 2, 2))[0]
@@ -61,7 +66,7 @@ def base(seed, smoke):
 
 
 def look(folder, eval_data, seed):
-    """What a model says to bare held-out prompts: how often it writes out, and how often that is right."""
+    """Sample bare held-out prompts: how often the model writes a chain, and its accuracy with and without."""
     from transformers import AutoModelForCausalLM
 
     rows = [json.loads(line) for line in open(eval_data)]
@@ -81,7 +86,7 @@ def mean(x):
 
 
 def arm(name, seed, smoke):
-    """Rows of an arm: opsd.py's own evaluation on the way, and a closer look at the end."""
+    """Rows of an arm: opsd.py's evaluation during training, and a larger sample at the end."""
     folder, n = base(seed, smoke), 16 if smoke else 128
     size = 500 if smoke else 20_000
     data = lesson.kept_rows(f"addition_train_{size}_0", toy.rows(size))
@@ -112,13 +117,13 @@ def run(smoke):
 
 
 def ends(rows, arm):
-    """The rows of an arm before training, and after it."""
+    """The rows of an arm before and after training."""
     steps = [row["step"] for row in rows]
     return [lesson.select(rows, arm=arm, step=step) for step in (min(steps), max(steps))]
 
 
 def plot(rows, path):
-    title = "Told the answer, the teacher stops reasoning, and that is what the student learns"
+    title = "The student learns how its teacher behaves with the PI, not the answer in the PI"
     figure, panels = lesson.panels(title, [["curves", "arms"]], size=(11, 5.4))
     blue, red, green, purple, orange, *_ = lesson.COLOURS
     colours = {"system": green, "none": "0.5", "careless": purple, "mixed": orange, "answer": red}
@@ -127,35 +132,35 @@ def plot(rows, path):
         lesson.curve(panel, lesson.select(rows, arm=name), "step", "accuracy", colour, name, marker=".")
     panel.set(ylim=(-0.03, 1.03), xlabel="step", ylabel="accuracy without PI, held-out problems")
     panel.set_xlim(0, 1.3 * max(row["step"] for row in rows))
-    panel.set_title("A fall can be total, or end on a plateau", fontsize=10, loc="left")
+    panel.set_title("During training, five of the ten arms (band: range of seeds)", fontsize=10, loc="left")
 
     panel, order = panels["arms"], list(ARMS)[::-1]
     before = mean([row["right"] for row in ends(rows, "none")[0]])
     panel.axvline(before, color="0.5", ls=":")
-    panel.annotate("student before ", (before, len(order) - 0.45), color="0.4", fontsize=8, ha="right")
+    panel.annotate("before training ", (before, len(order) - 0.45), color="0.4", fontsize=8, ha="right")
     for y, name in enumerate(order):
         last = ends(rows, name)[1]
         panel.plot([row["with_pi"] for row in last], [y] * len(last), "o", mfc="none", color="black", ms=8)
         panel.plot([row["right"] for row in last], [y] * len(last), "o", color=colours.get(name, blue), ms=6)
-    labels = [f"$\\bf{{{name}}}$: told {ARMS[name][2]},\nwrites {ARMS[name][3]}" for name in order]
+    labels = [f"$\\bf{{{name}}}$ (PI: {ARMS[name][2]})\nteacher writes {ARMS[name][3]}" for name in order]
     panel.set_yticks(range(len(order)), [x.replace("_", r"\_") for x in labels], fontsize=8)
-    panel.set(xlim=(-0.03, 1.05), ylim=(-0.6, len(order)), xlabel="accuracy, three seeds")
-    panel.set_title("Filled: student, not told.   Hollow: teacher, told", fontsize=10, loc="left")
+    panel.set(xlim=(-0.03, 1.05), ylim=(-0.6, len(order)), xlabel="accuracy (one point per seed)")
+    panel.set_title("Filled: student without PI. Open: teacher with PI", fontsize=10, loc="left")
     lesson.save(figure, path)
 
 
 def tables(rows):
     def cells(rows, *columns, digits=2):
         found = [[row[c] for row in rows if known(row, c)] for c in columns]
-        return [lesson.spread(x, digits) if x else "(never does)" for x in found]
+        return [lesson.spread(x, digits) if x else "(too few)" for x in found]
 
-    def known(row, column):  # a share of hardly any samples is none
+    def known(row, column):  # an accuracy over 2 % of the samples or less is not reported
         share = {"right_written": row["written"], "right_at_once": 1 - row["written"]}.get(column, 1)
         return isinstance(row[column], float) and share > 0.02
 
-    arms = ["| arm | told | writes | without PI | with PI | length | residual |", "|---" * 7 + "|"]
-    parts = ["| arm | writes out | right then | right at once |", "|---" * 4 + "|"]
-    says = ["| arm | `says` |", "|---|---|"]
+    arms = ["| arm | PI | teacher writes | without PI | with PI | length | residual |", "|---" * 7 + "|"]
+    parts = ["| arm | writes a chain | accuracy then | accuracy otherwise |", "|---" * 4 + "|"]
+    says = ["| arm | completions |", "|---|---|"]
     columns = "written", "right_written", "right_at_once"
     first = ends(rows, "none")[0]
     parts.append("| before | " + " | ".join(cells(first, *columns)) + " |")
@@ -166,7 +171,7 @@ def tables(rows):
         arms.append(f"| `{name}` | {what} | {writes} | {right} | {pi} | {length} | {residual} |")
         parts.append(f"| `{name}` | " + " | ".join(cells(last, *columns)) + " |")
         says.append(f"| `{name}` | `{last[0]['says']}` |")
-    return {"arms": arms, "parts": parts, "says": [f"Asked `{first[0]['asks']}`, two samples:", "", *says]}
+    return {"arms": arms, "parts": parts, "says": [f"Two samples for `{first[0]['asks']}`:", "", *says]}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A rule that holds for every prompt is internalised: a toy, and SmolLM2-135M-Instruct with a system prompt.
+"""OPSD with a rule shared by all prompts: a toy, and SmolLM2-135M-Instruct with a system prompt.
 
-The toy part tells opsd.py's toy model to write its sums out, or to prefer one of two styles, and compares the
-frozen, EMA and live teachers. The real part tells a real chat model to speak French, or to be short.
+In the toy part the rule is to write a chain or to prefer one of two styles, and three kinds of teacher are
+compared: frozen, EMA and live. In the real part a chat model is to answer in French, or briefly.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ import opsd  # noqa: E402
 
 COLUMNS = "part rule teacher who seed step score accuracy length kl drift text".split()
 MODES = {"frozen": {}, "ema": {"teacher_mode": "ema", "ema_decay": 0.95}, "live": {"teacher_mode": "live"}}
-# A system prompt, and the words by which a reader sees whether an answer follows it.
+# A system prompt, and a pattern that answers which follow it contain.
 RULES = {
     "french": (
         "You are a French assistant. You only speak French. Réponds en français.",
@@ -59,7 +59,7 @@ def row(**values):
 
 
 def either_style(rng):
-    """Bare prompts are answered in style A or B, as it comes; behind the rule always in B."""
+    """A training example: style A or B at random after a bare prompt, always B after the rule."""
     a, b = toy.problem(rng)
     told = rng.random() < 0.4
     style = "B" if told else rng.choice("AB")
@@ -75,7 +75,7 @@ def base(rule, seed, smoke):
 
 
 def toy_run(rule, mode, seed, smoke):
-    """One run of opsd.py -> CSV rows. score: probability of the right chain, whole, in the rule's style."""
+    """One run of opsd.py -> CSV rows. score: probability of the whole right chain in the rule's style."""
     n, style = 16 if smoke else 256, "A" if rule == "write_it_out" else "B"
     held_out = toy.rows(n, held_out=True, style=style, seed=seed)
     args = {"student": base(rule, seed, smoke), "seed": seed}
@@ -114,13 +114,13 @@ def real_model():
 
 
 def questions():
-    """Short questions from the chatterbot-corpus package: trivia, small talk; nobody here wrote them."""
+    """Short questions (trivia, small talk) from the chatterbot-corpus package, in a fixed random order."""
     import yaml
 
     folder = Path(importlib.util.find_spec("chatterbot_corpus").submodule_search_locations[0])
     found = set()
     for file in sorted((folder / "data" / "english").glob("*.yml")):
-        if file.stem != "coding":  # the model answers with code, in which no rule shows
+        if file.stem != "coding":  # answers to these are code, in which the rules cannot be detected
             talks = yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]
             found |= {str(talk[0]).strip() for talk in talks}
     found = sorted(text for text in found if 12 <= len(text) <= 100 and text.endswith("?"))
@@ -129,8 +129,8 @@ def questions():
 
 
 def follows(rule, text, ended):
-    """Does an answer follow the rule? french: a tenth of its words are in the list; short: it came to its end
-    within NEW_TOKENS; the others: one of the words is in it."""
+    """Whether an answer follows the rule. french: a tenth of its words match; short: it ended within
+    NEW_TOKENS; the other rules: at least one match."""
     if rule == "short":
         return ended
     found = len(re.findall(RULES[rule][1], text.lower()))
@@ -138,11 +138,11 @@ def follows(rule, text, ended):
 
 
 def answers(folder, rule, told, n, new_tokens):
-    """What a model says to the n held-out questions, with or without the system prompt -> CSV columns."""
+    """Sample answers to the n held-out questions, with or without the system prompt -> CSV columns."""
     model, _, tokenizer, stop_ids = opd.load_pair(folder, None, opd.Args(), torch.device("cpu"))
     system = [{"role": "system", "content": RULES[rule][0]}] if told else []
     talks = [[*system, {"role": "user", "content": text}] for text in questions()[:n]]
-    prompts = [opd.encode_prompt(tokenizer, talk, 256, "") for talk in talks]
+    prompts = [opd.encode_prompt(tokenizer, talk, 256) for talk in talks]
     rollouts = opd.sample(model, prompts, 1, stop_ids, (7,), range(n), new_tokens, TEMPERATURE, 1.0)
     texts = [tokenizer.decode(r.completion, skip_special_tokens=True) for r in rollouts]
     scores = [follows(rule, text, r.ended) for text, r in zip(texts, rollouts, strict=True)]
@@ -152,7 +152,7 @@ def answers(folder, rule, told, n, new_tokens):
 
 
 def real_run(rule, seed, smoke):
-    """One run of opsd.py on SmolLM2-135M-Instruct, told the rule by a system prompt -> CSV rows."""
+    """One run of opsd.py on SmolLM2-135M-Instruct with the rule as system prompt of the teacher -> rows."""
     n, new_tokens = (2, 4) if smoke else (HELD_OUT, NEW_TOKENS)
     rows = [
         {"prompt": [{"role": "user", "content": text}], "answer": "", "privileged": RULES[rule][0]}
@@ -162,7 +162,7 @@ def real_run(rule, seed, smoke):
     args["eval_data"] = lesson.kept_rows(f"chat_{rule}_held_out_{n}", rows[:n])
     args["data"] = lesson.kept_rows(f"chat_{rule}_train", rows[HELD_OUT:])
     args.update(steps=1 if smoke else 30, batch_size=2 if smoke else 8, micro_batch_size=8)
-    args.update(max_new_tokens=new_tokens, temperature=TEMPERATURE, eval_every=0)  # before and after
+    args.update(max_new_tokens=new_tokens, temperature=TEMPERATURE, eval_every=0)  # 0: before and after only
     at = {"part": "real", "rule": rule, "teacher": "frozen", "seed": seed}
     with lesson.distilled(opsd, **args) as (log, final):
         after = answers(final, rule, False, n, new_tokens)
@@ -171,7 +171,7 @@ def real_run(rule, seed, smoke):
 
 
 def untrained(rule, smoke):
-    """What the model itself says, with and without the system prompt -> CSV rows."""
+    """Answers of the untrained model with and without the system prompt -> CSV rows."""
     n, new_tokens = (2, 4) if smoke else (HELD_OUT, NEW_TOKENS)
     at = {"part": "real", "rule": rule, "seed": 0, "step": 0}
     who = (("before", False), ("told", True))
@@ -205,43 +205,45 @@ def scores(rows, who, **where):
 
 def plot(rows, path):
     figure, axes = lesson.panels(
-        "A shared rule is internalised: the bare prompt now does what the rule asked for",
+        "A student learns a shared rule from a frozen or EMA teacher; a live one fails at this step size",
         [["curve", "toy", "real"]],
         (11, 3.8),
     )
     panel = axes["curve"]
     for colour, mode in zip(lesson.COLOURS, MODES, strict=False):
         runs = [r for r in lesson.select(rows, part="toy", rule="write_it_out", teacher=mode) if not r["who"]]
-        lesson.curve(panel, runs, "step", "accuracy", colour, mode)
+        lesson.curve(panel, runs, "step", "accuracy", colour, mode + "\n" * (mode == "live"))
     panel.set(xlabel="step", ylabel="accuracy without the rule", ylim=(0, 1.05), xlim=(0, 125))
-    panel.set_title("toy: 'write it out'; three teachers", fontsize=9, loc="left")
+    panel.set_title("toy, rule: write a chain", fontsize=9, loc="left")
 
     def dots(panel, x, where):
-        shown = (("before", "0.55", -0.2), ("after", "#0072B2", 0), ("told", "#D55E00", 0.2))
-        for who, colour, dx in shown:
+        grey, blue, red = "0.55", "#0072B2", "#D55E00"
+        shown = (("before", "before", grey), ("after", "after", blue), ("told", "with rule\n", red))
+        for dx, (who, label, colour) in zip((-0.2, 0, 0.2), shown, strict=True):
             ys = scores(rows, who, **where)
             panel.plot([x + dx] * len(ys), ys, "o", color=colour, ms=6, alpha=0.8)
-            panel.text(x + dx, max(ys, default=0) + 0.04, who, ha="center", color=colour, fontsize=7)
-        panel.set(ylim=(-0.05, 1.1))
+            panel.text(x + dx, max(ys, default=0) + 0.04, label, ha="center", color=colour, fontsize=7)
+        panel.set(ylim=(-0.05, 1.17))
 
     for x, mode in enumerate(MODES):
         dots(axes["toy"], x, {"part": "toy", "rule": "prefer_style_B", "teacher": mode})
     axes["toy"].set_xticks(range(3), list(MODES))
-    axes["toy"].set(ylabel="share of right answers in style B", xlabel="teacher")
-    axes["toy"].set_title("toy: a preference between two right styles", fontsize=9, loc="left")
+    axes["toy"].set_xlim(-0.5, 2.5)
+    axes["toy"].set(ylabel="probability of the right chain in style B", xlabel="teacher")
+    axes["toy"].set_title("toy, rule: prefer style B", fontsize=9, loc="left")
     for x, rule in enumerate(TRAINED):
         dots(axes["real"], x, {"part": "real", "rule": rule})
     axes["real"].set_xticks(range(len(TRAINED)), [f"'{rule}'" for rule in TRAINED])
     axes["real"].set_xlim(-0.5, len(TRAINED) - 0.5)
-    axes["real"].set_ylabel("share of answers that follow the rule")
-    axes["real"].set_title("SmolLM2-135M: a system prompt", fontsize=9, loc="left")
+    axes["real"].set(ylabel="share of answers that follow the rule", xlabel="rule (system prompt)")
+    axes["real"].set_title("SmolLM2-135M, frozen teacher", fontsize=9, loc="left")
     lesson.save(figure, path)
 
 
 def tables(rows):
     toy_rows = lesson.select(rows, part="toy")
     toy_table = [
-        "| rule | teacher | before | after | told the rule | teacher drift |",
+        "| rule | teacher | student before | student after | initial model with the rule | teacher drift |",
         "|---|---|---|---|---|---|",
     ]
     for rule in WRITERS:
@@ -253,10 +255,10 @@ def tables(rows):
             cells.append(lesson.spread(drift, 3) if drift else "0")
             toy_table.append(f"| {rule} | `{mode}` | " + " | ".join(cells) + " |")
     real = [
-        "| rule | follows it: before | after | told | KL to the told teacher, before | after |",
+        "| rule | follows it before | after | teacher with the rule | KL to the teacher before | after |",
         "|---|---|---|---|---|---|",
     ]
-    said = ["| | what it says to four held-out questions |", "|---|---|"]
+    said = ["| | answers to four held-out questions, separated by // |", "|---|---|"]
     for rule in dict.fromkeys(r["rule"] for r in lesson.select(rows, part="real")):
         runs = lesson.select(rows, part="real", rule=rule)
         kl = [r for r in runs if r["kl"] != ""]
@@ -268,7 +270,8 @@ def tables(rows):
         real.append(f"| {rule} | " + " | ".join(cells) + " |")
         for r in runs:
             if r["who"] and r["seed"] == 0 and rule in TRAINED:
-                said.append(f"| {rule}, {r['who']} | {r['text'].replace('|', '/')} |")
+                who = "teacher with the rule" if r["who"] == "told" else r["who"]
+                said.append(f"| {rule}, {who} | {r['text'].replace('|', '/')} |")
     return {"toy": toy_table, "real": real, "said": said}
 
 

@@ -1,7 +1,7 @@
-"""OPSD with m latent rules: one policy, many teachers. Its residual, the mean it becomes, what that costs.
+"""OPSD with m latent rules: one policy, many teachers. Its residual KL, its limit, and its consistency.
 
-The prompt `^347=` asks for (347 + r) mod 10, twice: `8#8$`. The teacher is told the rule r (`a|^347=`),
-the student is not. What is reported is enumerated over held-out prompts, rules and tokens, not sampled.
+The prompt `^347=` asks for (347 + r) mod 10, twice: `8#8$`. The teacher's prompt contains the rule r
+(`a|^347=`), the student's does not. All values are enumerated over held-out prompts, rules and tokens.
 """
 
 import random
@@ -18,29 +18,29 @@ import toy  # noqa: E402
 
 import opsd  # noqa: E402
 
-RULES, NOISE = "abcdefghij", 0.1  # each digit is any of the ten with probability NOISE
+RULES, NOISE = "abcdefghij", 0.1  # with probability NOISE a digit is drawn at random
 PROMPTS = [f"^{x:03}=" for x in range(1000)]
-HELD_OUT = sorted(random.Random(0).sample(PROMPTS, 100))  # new to the bases and to the students
+HELD_OUT = sorted(random.Random(0).sample(PROMPTS, 100))  # in no training data, of base models or students
 SEEN = [x for x in PROMPTS if x not in HELD_OUT]
-LINKS = {  # the rule is a function of the prompt: one easy to see, one to be remembered case by case
+LINKS = {  # the rule as a function of the prompt: easy to infer, or to be memorised prompt by prompt
     "linked": lambda x, rules: rules[int(x[1]) * len(rules) // 10],
     "hashed": lambda x, rules: random.Random(x).choice(rules),
 }
 ARMS = {
     "reverse": dict(loss="reverse_kl"),
     "forward": dict(loss="forward_kl"),
-    "off_policy": dict(loss="forward_kl", lmbda=0.0),  # the same, on completions that the teacher wrote
+    "off_policy": dict(loss="forward_kl", lmbda=0.0),  # the same on completions of the teacher
 }
 LOOK = {"reverse": (0, "geometric"), "forward": (1, "arithmetic"), "linked": (2, ""), "hashed": (4, "")}
 
 
 def answer(x, rule):
-    """The digit that a rule asks for: rule number k, a letter, means `add 3k + 1`."""
+    """The digit that a rule asks for: rule number k (a letter) is "add 3k + 1, modulo 10"."""
     return (int(x[1:4]) + 3 * RULES.index(rule) + 1) % 10
 
 
 def write(rng):
-    """A pre-training example: a rule is told in two of three; else it must be guessed, and then kept to."""
+    """A pre-training example: the prompt has the rule in two of three cases; both digits follow one rule."""
     x, rule = rng.choice(SEEN), rng.choice(RULES)
     first, second = (rng.randrange(10) if rng.random() < NOISE else answer(x, rule) for _ in "12")
     return (x if rng.random() < 1 / 3 else f"{rule}|{x}"), f"{first}#{second}$"
@@ -53,14 +53,14 @@ def base(seed, smoke):
 
 @torch.no_grad()
 def next_digit(model, texts):
-    """Probabilities [B,10] of the ten digits after each text, all of one length."""
+    """Probabilities [B,10] of the ten digits after each text; all texts have equal length."""
     ids = torch.tensor([[toy.IDS[c] for c in text] for text in texts])
     return model(input_ids=ids).logits[:, -1, toy.IDS["0"] : toy.IDS["9"] + 1].softmax(-1)
 
 
 def measure(student, teacher, arm, m):
-    """{(quantity, at): value} on the held-out prompts: exact, from the softmax of both models."""
-    rules = [[LINKS[arm](x, RULES[:m])] if arm in LINKS else RULES[:m] for x in HELD_OUT]  # of each prompt
+    """{(quantity, at): value} on the held-out prompts, exact: computed from the softmax of both models."""
+    rules = [[LINKS[arm](x, RULES[:m])] if arm in LINKS else RULES[:m] for x in HELD_OUT]  # per prompt
     q = [next_digit(teacher, [f"{r}|{x}" for r in rs]) for x, rs in zip(HELD_OUT, rules, strict=True)]
     p, q = next_digit(student, HELD_OUT), torch.stack(q)  # [B,10], [B,m,10]
     log_p, log_q, arithmetic = p.log()[:, None], q.log(), q.mean(1)  # [B,1,10], [B,m,10], [B,10]
@@ -74,13 +74,13 @@ def measure(student, teacher, arm, m):
         "to_geometric": (p * (p / geometric).log()).sum(-1),
         "to_arithmetic": (arithmetic * (arithmetic / p).log()).sum(-1),
     }
-    # Both digits by one rule: p(y) p(y | y#), for each rule that there is.
+    # Both digits follow one rule: p(y) p(y | y#), for each of the ten rules.
     y = torch.tensor([[answer(x, r) for r in RULES] for x in HELD_OUT])  # [B,10]
     second = [next_digit(student, [f"{x}{d}#" for d in range(10)]).diagonal() for x in HELD_OUT]
-    both = (p * torch.stack(second)).gather(1, y)  # [B,10], a column for each rule
+    both = (p * torch.stack(second)).gather(1, y)  # [B,10], one column per rule
     found["coherent"] = both.sum(1)
     found["right"] = torch.stack([both[i, [RULES.index(r) for r in rs]].mean() for i, rs in enumerate(rules)])
-    # Does the told teacher copy what it finds as the first digit, wrong as it is? Its students then do too.
+    # Probability that the teacher with the rule repeats a wrong first digit; its students learn to do so too.
     told = [next_digit(teacher, [f"a|{x}{d}#" for d in range(10)]).diagonal() for x in HELD_OUT]
     found["copies"] = torch.stack(told)[torch.arange(10) != y[:, :1]]
     found = {(name, 0): value.mean() for name, value in found.items()}
@@ -128,9 +128,7 @@ def mean(x):
 
 
 def plot(rows, path):
-    title = (
-        "One policy for many teachers: the student becomes their mean, and the residual stays on its floor"
-    )
+    title = "With many teachers the student approaches their mean, and its KL to them stays at a floor"
     layout = [["reverse", "forward"], ["residual", "coherent"]]
     figure, panels = lesson.panels(title, layout, size=(11, 7.6))
     residual, coherent = panels["residual"], panels["coherent"]
@@ -143,8 +141,8 @@ def plot(rows, path):
         label = f"{kind} mean of the four teachers"
         panel.plot(range(10), [mean(x) for x in theirs], "_", color="black", ms=24, mew=2, label=label)
         panel.set(ylim=(0, 0.31), xticks=range(10), ylabel="probability")
-        panel.set_xlabel("first digit, minus the prompt's (mod 10); the four rules add 0, 1, 4, 7")
-        panel.set_title(f"m = 4, {name} KL: the {kind} mean", fontsize=10, loc="left")
+        panel.set_xlabel("(first digit - last digit of the prompt) mod 10; rules add 0, 1, 4, 7")
+        panel.set_title(f"Student with {name} KL, m = 4: the {kind} mean", fontsize=10, loc="left")
         panel.legend(frameon=False, fontsize=8, loc="upper right")
     for name, (colour, kind) in LOOK.items():
         kl, colour, arms = name if kind else "reverse", lesson.COLOURS[colour], lesson.select(rows, arm=name)
@@ -153,13 +151,13 @@ def plot(rows, path):
         lesson.curve(residual, lesson.select(arms, quantity=kl), "m", "value", colour, label, **style)
         if kind:
             lesson.curve(residual, lesson.select(arms, quantity=f"{kl}_floor"), "m", "value", colour)
-    residual.annotate("hashed\n(as chapter 6)", (11, 2.12), color=lesson.COLOURS[LOOK["hashed"][0]])
+    residual.annotate("hashed\n(cf. chapter 6)", (11, 2.12), color=lesson.COLOURS[LOOK["hashed"][0]])
     residual.annotate("shared rule (chapter 7)", (1.06, -0.07), color="0.4", fontsize=9)
     residual.set_ylim(-0.15, 2.5)
     labels = {
         "reverse": "reverse\n",
         "forward": "\nforward",
-        "off_policy": "\n\nforward on the\nteacher's text",
+        "off_policy": "\n\n\nforward, on teacher's\ncompletions",
     }
     for i, (name, label) in enumerate(labels.items()):
         of = lesson.select(rows, quantity="coherent", arm=name)
@@ -167,10 +165,10 @@ def plot(rows, path):
     before = mean(values(rows, "coherent", arm="before"))
     coherent.axhline(before, color="0.5", ls=":")
     coherent.annotate("before training", (3.1, before + 0.03), color="0.4", fontsize=9)
-    coherent.set(ylim=(0, 1), ylabel="probability that both digits\nfollow one rule")
-    coherent.set_title("The price: the answer contradicts the working", fontsize=10, loc="left")
-    residual.set_ylabel("KL to the told teacher, first digit,\nnew prompts (nats)")
-    residual.set_title("Residual: lines are floors, points are students", fontsize=10, loc="left")
+    coherent.set(ylim=(0, 1), ylabel="probability that both digits\nfollow the same rule")
+    coherent.set_title("On-policy students contradict themselves more often", fontsize=10, loc="left")
+    residual.set_ylabel("KL to the teacher, first digit,\nnew prompts (nats)")
+    residual.set_title("Residual KL: lines are floors, points are students", fontsize=10, loc="left")
     for panel in (residual, coherent):
         panel.set(xscale="log", xlim=(0.9, 26), xlabel="m, number of latent rules")
         panel.set_xticks([1, 2, 4, 10], ["1", "2", "4", "10"])
@@ -209,12 +207,14 @@ def tables(rows):
         for m, a in of("reverse", *LINKS)
     ]
     log = [[f"{m:g}", *cells(a, m, "reverse_floor", "run_reverse_kl")] for m, a in of("reverse")]
-    late = "`reverse_kl` of the last 20 steps"
+    late = "`reverse_kl`, last 20 steps"
     return {
-        "residual": table("m | KL | floor | student | distance to its mean | to the other mean", residual),
-        "coherent": table("m | arm | both digits by one rule | by the told rule", coherent),
-        "seeds": table("seed | teacher copies a wrong first digit | before | reverse | forward", seeds),
-        "links": table(f"m | rule | floor | residual, new prompts | {late} | right, told rule", links),
+        "residual": table(
+            "m | KL | floor | residual of the student | KL to its mean | to the other mean", residual
+        ),
+        "coherent": table("m | arm | both digits follow one rule | both follow the rule in the PI", coherent),
+        "seeds": table("seed | teacher repeats a wrong first digit | before | reverse | forward", seeds),
+        "links": table(f"m | rule | floor | residual, new prompts | {late} | both follow the rule", links),
         "log": table(f"m | floor, first digit | {late}", log),
     }
 

@@ -1,4 +1,4 @@
-"""Bugs that raise no error: each an argument or a few patched lines against the right code, and its price."""
+"""Bugs that raise no error, each compared with the correct code: one argument or a patch of a few lines."""
 
 import pkgutil
 import sys
@@ -20,10 +20,10 @@ import opd  # noqa: E402
 
 SEEDS, STEPS, END, OTHER_END, RIGHT_SAMPLE = 3, 60, toy.END, toy.IDS["~"], opd.sample
 LOGGED = "loss reverse_kl forward_kl student_entropy student_logp grad_norm completion_len".split()
-COLOURS = {"fatal": "#D55E00", "costs": "#E69F00", "harmless": "#0072B2"}
+COLOURS = {"fatal": "#D55E00", "costly": "#E69F00", "harmless": "#0072B2"}
 
 
-def instead(name, call):  # a bug inside a loss: where it is patched, and real -> what takes its place
+def instead(name, call):  # a bug inside a loss: what is patched, and a function real -> replacement
     return "opd.LOSSES", lambda real: {**real, name: (real[name][0], lambda args, *x: call(*x))}
 
 
@@ -34,11 +34,11 @@ def terms(logits, log):
 
 def constant_advantage(loss, s, t, tokens, *_):
     log_p = s.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    return losses.policy_gradient(log_p, -losses.reverse_kl(s, t))  # the same whichever token was sampled
+    return losses.policy_gradient(log_p, -losses.reverse_kl(s, t))  # does not depend on the sampled token
 
 
 def missing_as(filler):
-    def topk_support(real, s, t, k, source):  # the server knows the teacher's top k only
+    def topk_support(real, s, t, k, source):  # a server that returns the teacher's top k only
         ids, logp, valid = real(s, t, k, source)
         missing = logp < t.log_softmax(-1).topk(k).values[..., -1:]
         return ids, logp.where(~missing, filler(s.detach().log_softmax(-1).gather(-1, ids))), valid
@@ -47,7 +47,7 @@ def missing_as(filler):
 
 
 def known_ends(*stop_ids):
-    def load_pair(real, *x):  # a student that ends half its texts with $, as the teacher does, half with ~
+    def load_pair(real, *x):  # the student ends half of its completions with the teacher's $, half with ~
         student, *rest, _ = real(*x)
         for weight in (student.get_input_embeddings().weight, student.lm_head.weight):
             weight.data[OTHER_END] = weight.data[END]
@@ -78,7 +78,7 @@ prompt_in_loss = "opd.sample", lambda real: lambda *x: [without_prompt(r) for r 
 shifted = "opd.completion_hidden", lambda real: lambda model, *x: real(model, *one_to_the_right(*x))
 own_mean = "opd.distill", lambda real: lambda *x: real(*x[:-1], 2 * sum(len(r.completion) for r in x[2]))
 
-ARMS = {  # name: right code it is measured against, metric to compare, patch, Args that differ
+ARMS = {  # name: correct code to compare with, metric to compare, patch, Args that differ
     "start": ("", "", None, {"loss": "reverse_kl", "lr": 1e-30, "steps": 1}),
     "reverse_kl": ("", "", None, {"loss": "reverse_kl"}),
     "pg": ("", "", None, {"loss": "pg"}),
@@ -121,7 +121,7 @@ def one(arm, seed, smoke):
         tokenizer, model = opd.load_model(final, "student", torch.float32, "cpu")
     rows, stop_ids = toy.rows(n, held_out=True), [OTHER_END] if arm == "forgotten_end" else [END, OTHER_END]
     prompts = [tokenizer(row["prompt"]).input_ids for row in rows]
-    found = RIGHT_SAMPLE(model, prompts, 1, stop_ids, (1,), range(n), 32)  # graded by the right code
+    found = RIGHT_SAMPLE(model, prompts, 1, stop_ids, (1,), range(n), 32)  # graded by the correct code
     texts = [tokenizer.decode(r.completion, skip_special_tokens=True).rstrip("~") for r in found]
     accuracy = fmean(opd.is_correct(text, row["answer"]) for text, row in zip(texts, rows, strict=True))
     row = {"arm": arm, "seed": seed, "accuracy": accuracy, "length": fmean(len(r.completion) for r in found)}
@@ -140,7 +140,7 @@ def run(smoke):
 
 
 def ranked(rows):
-    """The bugs, the worst first -> arm, right arm, verdict, metric of the last 10 steps: right to bug."""
+    """The bugs, worst first -> arm, arm of the correct code, verdict, metric in the last 10 steps of both."""
 
     def mean(arm, column):
         return fmean(row[column] for row in lesson.select(rows, arm=arm))
@@ -149,14 +149,14 @@ def ranked(rows):
     for arm, (right, metric, *_) in ARMS.items():
         if right:
             dead, lost = mean(arm, "accuracy") < mean("start", "accuracy") + 0.05, mean(arm, "difference")
-            verdict = "fatal" if dead else "costs" if lost < -0.03 else "harmless"
+            verdict = "fatal" if dead else "costly" if lost < -0.03 else "harmless"
             tells = f"{metric}: {mean(right, metric):.2g} \N{RIGHTWARDS ARROW} {mean(arm, metric):.2g}"
             found.append((lost, arm, right, verdict, tells))
     return [bug[1:] for bug in sorted(found)]
 
 
 def plot(rows, path):
-    message = "Of twenty silent bugs six ruin the run, six cost accuracy, eight are harmless here"
+    message = "On this task, six of twenty silent bugs are fatal, six are costly and eight are harmless"
     figure, panels = lesson.panels(message, [["all"]], (11, 7))
     panel, found = panels["all"], ranked(rows)[::-1]
     for y, (arm, right, verdict, tells) in enumerate(found):
@@ -168,17 +168,17 @@ def plot(rows, path):
         panel.text(1.17, y, tells, va="center")
     start = fmean(r["accuracy"] for r in lesson.select(rows, arm="start"))
     panel.axvline(start, color="0.6", lw=1, ls=":")
-    panel.text(start, len(found) - 0.3, "before training", color="0.4", ha="center")
-    panel.text(1.17, len(found) - 0.3, "metric: right code \N{RIGHTWARDS ARROW} bug", color="0.4")
+    panel.text(start, len(found) - 0.3, "before training", color="0.4", ha="center", backgroundcolor="w")
+    panel.text(1.17, len(found) - 0.3, "metric: correct code \N{RIGHTWARDS ARROW} bug", color="0.4")
     panel.set_yticks(range(len(found)), [arm.replace("_", " ") for arm, *_ in found])
     panel.set(xlim=(-0.02, 1.55), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    panel.set_xlabel("accuracy after 60 steps (filled: one seed with the bug; hollow: right code, mean)")
+    panel.set_xlabel("accuracy after 60 steps (filled: bug, one point per seed; open: correct code, mean)")
     panel.xaxis.label.set(x=0, ha="left")
     lesson.save(figure, path)
 
 
 def tables(rows):
-    lines = ["| bug | right code | accuracy | with bug | difference | metric | verdict |", "|---" * 7 + "|"]
+    lines = ["| bug | correct code | accuracy | with bug | difference | metric | verdict |", "|---" * 7 + "|"]
     for arm, right, verdict, tells in ranked(rows):
         cells = ((right, "accuracy"), (arm, "accuracy"), (arm, "difference"))
         spreads = [lesson.spread([r[c] for r in lesson.select(rows, arm=name)]) for name, c in cells]

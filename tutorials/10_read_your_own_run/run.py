@@ -1,7 +1,7 @@
-"""Ten toy runs, three healthy and seven sick, and what read_run.py says of each from its log alone.
+"""Ten toy runs, three healthy and seven failing, and what read_run.py finds in the log of each.
 
-Every sick run differs from a healthy one by a loss, a teacher, the PI or one wrong line. The CSV is the
-logs, and beside each row what the log up to there shows.
+Every failing run differs from a healthy one in the loss, the teacher, the PI or one wrong line. The CSV has
+the rows of the logs, and for each row the findings in the log up to that row.
 """
 
 import sys
@@ -19,10 +19,10 @@ import losses  # noqa: E402
 import opd  # noqa: E402
 import opsd  # noqa: E402
 
-ARMS = {  # script, what is different, in words, the signature that it ought to show
-    "healthy": (opd, {}, "`opd.py` as it is", None),
+ARMS = {  # script, what is different, the same in words, the signature that is expected
+    "healthy": (opd, {}, "`opd.py`, unchanged", None),
     "pg": (opd, {"loss": "pg"}, "`--loss pg`", None),
-    "rule": (opsd, {"pi": "system"}, "`opsd.py` as it is", None),
+    "rule": (opsd, {"pi": "system"}, "`opsd.py`, unchanged", None),
     "topk": (
         opsd,
         {"pi": "none", "loss": "topk", "topk": 1},
@@ -37,8 +37,8 @@ ARMS = {  # script, what is different, in words, the signature that it ought to 
     ),
     "k1": (opd, {"loss": "k1"}, "`--loss k1`", "no_direction"),
     "style": (opd, {"teacher": "B"}, "a teacher of style B", "mismatch"),
-    "sign": (opd, {"loss": "pg"}, "`--loss pg`, the sign of its advantage wrong", "entropy_collapse"),
-    "no_end": (opd, {"teacher": "no_end"}, "a teacher that never ends", "loops"),
+    "sign": (opd, {"loss": "pg"}, "`--loss pg`, wrong sign of the advantage", "entropy_collapse"),
+    "no_end": (opd, {"teacher": "no_end"}, "a teacher without an end token", "loops"),
     "answer": (opsd, {"pi": "answer"}, "`opsd.py --pi answer`", "pi_without_accuracy"),
 }
 METRICS = [name for name in read_run.COLUMNS if name not in ("step", "forward_kl", "overlap", "teacher_mass")]
@@ -46,13 +46,13 @@ NAMES = [signature.__name__ for signature in read_run.SIGNATURES]
 
 
 def never_ends(rng):
-    """A training example of a teacher whose end token got lost: the sum again and again."""
+    """A training example for a teacher without an end token: it repeats the sum."""
     a, b = toy.problem(rng)
     return toy.prompt(a, b), toy.chain(a, b).removesuffix("$") + f"#{a + b}" * 6
 
 
 def model(name, seed, smoke):
-    """Path of one of a seed's models: the student, three teachers, and the one that teaches itself."""
+    """Path of a model of this seed: the student, one of three teachers, or the model for opsd.py."""
     steps, teacher = (5 if smoke else 700), seed + 1_000_000
     few, many = steps * 4 // 7, steps * 10 // 7
     if name == "no_end":
@@ -63,7 +63,7 @@ def model(name, seed, smoke):
 
 
 def log(arm, seed, smoke):
-    """One run -> its log at every second step, as rows of the CSV."""
+    """One run -> every second row of its log, as rows of the CSV."""
     script, changes, _, _ = ARMS[arm]
     steps = 4 if smoke else 100
     args = dict(seed=seed, steps=steps, batch_size=32, max_new_tokens=48, lr=3e-4, eval_every=20) | changes
@@ -102,24 +102,24 @@ def logs(rows, arm):
 
 
 def diagnoses(rows, arm):
-    """[{signature: step since when it shows}, ...], one for each seed."""
+    """[{signature: first step of the finding}, ...], one per seed."""
     found = [read_run.diagnose(log)[0] for log in logs(rows, arm)]
     return [{signature.__name__: step for signature, (step, _) in one.items()} for one in found]
 
 
-PANELS = {  # title: column, sick arm, label of the sick
-    "mass on the top k": ("student_mass", "topk", "topk, k = 1"),
+PANELS = {  # title: column, failing arm, its label
+    "student's mass on the top k": ("student_mass", "topk", "topk, k = 1"),
     "reverse KL, nats per token": ("reverse_kl", "k1", "k1"),
-    "teacher's log-prob of the sampled tokens": ("teacher_logp", "style", "teacher of style B"),
-    "student's entropy / teacher's": ("ratio", "sign", "wrong sign"),
-    "repetition, share of 4-grams": ("repetition", "no_end", "no end token"),
+    "teacher's log-prob, nats per token": ("teacher_logp", "style", "teacher of style B"),
+    "student's / teacher's entropy": ("ratio", "sign", "wrong sign"),
+    "repetition, share of repeated 4-grams": ("repetition", "no_end", "no end token"),
     "pi_gap, nats per token": ("pi_gap", "answer", "--pi answer"),
 }
 
 
 def plot(rows, path):
     names = list(PANELS)
-    title = "Six failures, each in the metric that gives it away, beside a healthy run (blue)"
+    title = "Six failures (orange), each in the metric that reveals it, and a healthy run (blue)"
     figure, panels = lesson.panels(title, [names[:3], names[3:]], (11, 5.6))
     for name, (column, sick, label) in PANELS.items():
         panel, (script, _, _, expected) = panels[name], ARMS[sick]
@@ -130,15 +130,16 @@ def plot(rows, path):
             lesson.curve(panel, ours, "step", column, lesson.COLOURS[colour], label if colour else "")
         since = max((found.get(expected, 0) for found in diagnoses(rows, sick)), default=0)
         panel.axvline(since, color="0.5", lw=0.8, ls=":")
+        panel.margins(y=0.12)
         note = {"transform": panel.get_xaxis_transform(), "color": "0.4", "fontsize": 8, "va": "top"}
-        panel.text(since + 1, 1, "named", **note)
+        panel.text(since + 1, 1, "found", **note)
         panel.set_title(name, loc="left")
         panel.set_xlabel("step")
     lesson.save(figure, path)
 
 
 def margins(log):
-    """{signature: (what it looks at, its threshold, the number)} of one log."""
+    """{signature: (quantity, threshold, value)} of one log."""
     ends = read_run.spans({name: read_run.series(log, name) for name in METRICS}, len(log)).items()
     s, e = ({name: span[side] for name, span in ends} for side in (0, 1))
     gained, room = (
@@ -148,18 +149,18 @@ def margins(log):
     gap = [x["student_logp"] - x["teacher_logp"] for x in (s, e)]
     ratio = e["student_entropy"] / e["teacher_entropy"]
     return {
-        "mass_leak": ("fall of `student_mass`", "> 0.1", s["student_mass"] - e["student_mass"]),
+        "mass_leak": ("decrease of `student_mass`", "> 0.1", s["student_mass"] - e["student_mass"]),
         "no_direction": ("`reverse_kl`, end / start", "> 0.9", e["reverse_kl"] / s["reverse_kl"]),
         "mismatch": ("`student_logp` - `teacher_logp`, start", "> 2", gap[0]),
         "teacher_collapse": ("`student_logp` - `teacher_logp`, end", "> 2", gap[1]),
-        "loops": ("rise of `repetition`", "> 0.1", e["repetition"] - s["repetition"]),
+        "loops": ("increase of `repetition`", "> 0.1", e["repetition"] - s["repetition"]),
         "entropy_collapse": ("`student_entropy` / `teacher_entropy`, end", "< 0.25", ratio),
-        "pi_without_accuracy": ("accuracy gained / to be gained", "< 0.1", gained / (room or 1)),
+        "pi_without_accuracy": ("accuracy gain / possible gain", "< 0.1", gained / (room or 1)),
     }
 
 
 def tables(rows):
-    arms = ["| run | what is different | accuracy | found (since step, seed by seed) |", "|---|---|---|---|"]
+    arms = ["| run | what is different | accuracy | found (since step, per seed) |", "|---|---|---|---|"]
     for arm, (_, _, words, expected) in ARMS.items():
         ends = [lesson.select(rows, arm=arm, step=at) for at in (0, max(row["step"] for row in rows))]
         accuracy = " -> ".join(lesson.spread([row["eval_accuracy"] for row in some]) for some in ends)
@@ -168,7 +169,7 @@ def tables(rows):
             steps = ", ".join(f"{one[name]:g}" if name in one else "-" for one in found)
             cells += [f"`{name}` ({steps})"] if any(name in one for one in found) else []
         arms.append(f"| {arm} | {words} | {accuracy} | {', '.join(cells) or 'nothing'} |")
-    looks = ["| signature | looks at | healthy runs | threshold | sick runs |", "|---|---|---|---|---|"]
+    looks = ["| signature | quantity | healthy runs | threshold | failing runs |", "|---|---|---|---|---|"]
     numbers = {arm: [margins(log) for log in logs(rows, arm)] for arm in ARMS}
     for name in NAMES:
         healthy = ["rule"] if name == "pi_without_accuracy" else ["healthy", "pg", "rule"]
