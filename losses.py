@@ -60,6 +60,24 @@ def reverse_kl(student_logits, teacher_logits):
     return (log_p.exp() * (log_p.detach() - log_q)).sum(dim=-1)
 
 
+def mixed_kl(student_logits, teacher_logits, *, weight=0.5):
+    """w KL(q || p) + (1 - w) KL(p || q)
+
+    value: forward KL with weight w and reverse KL with weight 1 - w, exact; at the ends one of the two.
+    grad: exact. The forward share counteracts the reverse KL's loss of entropy on long sequences.
+    teacher sends: logits [...,V]
+    ref: arXiv 2605.16826
+    Raises ValueError unless 0 <= weight <= 1.
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight must be in [0, 1], got {weight}")
+    log_p = torch.log_softmax(student_logits.float(), dim=-1).clamp(min=-1e9)
+    log_q = torch.log_softmax(teacher_logits.float(), dim=-1).clamp(min=-1e9)
+    forward_kl = (log_q.exp() * (log_q - log_p)).sum(dim=-1)
+    reverse_kl = (log_p.exp() * (log_p.detach() - log_q)).sum(dim=-1)  # inner log p: see reverse_kl
+    return weight * forward_kl + (1 - weight) * reverse_kl
+
+
 def jsd(student_logits, teacher_logits, *, beta=0.5):
     """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p
 
@@ -74,7 +92,7 @@ def jsd(student_logits, teacher_logits, *, beta=0.5):
         raise ValueError(f"beta must be in (0, 1), got {beta}: at the ends, use forward_kl or reverse_kl")
     log_p = torch.log_softmax(student_logits.float(), dim=-1).clamp(min=-1e9)
     log_q = torch.log_softmax(teacher_logits.float(), dim=-1).clamp(min=-1e9)
-    log_beta, log_rest = torch.tensor([beta, 1 - beta], dtype=torch.float64).log().tolist()
+    log_beta, log_rest = torch.tensor([beta, 1 - beta], dtype=torch.float64, device=log_p.device).log()
     log_m = torch.logaddexp(log_q + log_beta, log_p + log_rest)
     kl_q_m = (log_q.exp() * (log_q - log_m)).sum(dim=-1)
     kl_p_m = (log_p.exp() * (log_p - log_m)).sum(dim=-1)
@@ -97,7 +115,7 @@ def skew_forward_kl(student_logits, teacher_logits, *, alpha=0.1):
         )
     log_p = torch.log_softmax(student_logits.float(), dim=-1).clamp(min=-1e9)
     log_q = torch.log_softmax(teacher_logits.float(), dim=-1).clamp(min=-1e9)
-    log_alpha, log_rest = torch.tensor([alpha, 1 - alpha], dtype=torch.float64).log().tolist()
+    log_alpha, log_rest = torch.tensor([alpha, 1 - alpha], dtype=torch.float64, device=log_p.device).log()
     log_m = torch.logaddexp(log_q + log_alpha, log_p + log_rest)
     return (log_q.exp() * (log_q - log_m)).sum(dim=-1)
 
@@ -118,7 +136,7 @@ def skew_reverse_kl(student_logits, teacher_logits, *, alpha=0.1):
         )
     log_p = torch.log_softmax(student_logits.float(), dim=-1).clamp(min=-1e9)
     log_q = torch.log_softmax(teacher_logits.float(), dim=-1).clamp(min=-1e9)
-    log_alpha, log_rest = torch.tensor([alpha, 1 - alpha], dtype=torch.float64).log().tolist()
+    log_alpha, log_rest = torch.tensor([alpha, 1 - alpha], dtype=torch.float64, device=log_p.device).log()
     log_m = torch.logaddexp(log_q + log_rest, log_p + log_alpha)
     return (log_p.exp() * (log_p - log_m)).sum(dim=-1)
 
@@ -425,24 +443,36 @@ def topk_support(student_logits, teacher_logits, k, source):
         return topk_ids, teacher_logp.gather(-1, topk_ids), valid
 
 
-def reverse_kl_advantage(student_logp, teacher_logp, mask=None, gamma=0.0):
-    """A_t = sum_{s >= t} gamma^(s-t) (log q(y_s) - log p(y_s)), detached; [B,T], [B,T] -> [B,T].
+def reverse_kl_advantage(student_logp, teacher_logp, mask=None, gamma=0.0, baseline=None, clip=None):
+    """A_t = sum_{s >= t} gamma^(s-t) (log q(y_s) - log p(y_s)) + baseline_t, detached; [B,T], [B,T] -> [B,T].
 
     gamma = 0 credits each token with its own gap alone (the usual, myopic choice). gamma = 1 adds what it
     does to all later tokens; policy_gradient with it, summed over t, is unbiased for the gradient of the
     sequence-level reverse KL.
     mask [B,T], bool: True at completion tokens; others count as 0 and get 0.
-    ref: arXiv 2306.08543. Raises ValueError unless 0 <= gamma <= 1.
+    baseline [B,T]: a number that does not depend on y_t; the expected gradient stays, the variance falls. The
+    reverse KL of the prefix is the best at gamma = 0 where the teacher's logits are at hand.
+    clip: bounds each gap |log q - log p|, BIASED: the gradient no longer is that of the reverse KL, since the
+    largest gaps count too little. It helps where single tokens that the teacher all but forbids dominate a
+    batch, and costs the signal to leave them: the pull on such a token no longer grows with its log q.
+    ref: arXiv 2306.08543; baseline: 2605.07865; clip: 2603.11137. Raises ValueError unless 0 <= gamma <= 1
+    and clip > 0.
     """
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be in [0, 1], got {gamma}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be > 0, got {clip}")
     reward = (teacher_logp.float().clamp(min=-1e9) - student_logp.float().clamp(min=-1e9)).detach()  # [B,T]
+    reward = reward if clip is None else reward.clamp(-clip, clip)
     if mask is not None:
         reward = reward.where(mask.bool(), 0)
-    if gamma == 0 or reward.shape[1] == 0:
-        return reward
-    advantages, later = [], torch.zeros_like(reward[:, 0])
-    for t in reversed(range(reward.shape[1])):
-        later = reward[:, t] + gamma * later
-        advantages.append(later if mask is None else later.where(mask[:, t].bool(), 0))
-    return torch.stack(advantages[::-1], dim=1)
+    advantages, later = reward, torch.zeros_like(reward[:, :1])
+    if gamma > 0:
+        columns = []
+        for t in reversed(range(reward.shape[1])):
+            later = reward[:, t : t + 1] + gamma * later  # [B,1]
+            columns.append(later)
+        advantages = torch.cat([reward[:, :0], *columns[::-1]], dim=1)
+    if baseline is not None:
+        advantages = advantages + baseline.detach().float()
+    return advantages if mask is None else advantages.where(mask.bool(), 0)

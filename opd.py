@@ -63,16 +63,22 @@ class Args:
     teacher: str = arg("toy", "frozen model that scores: a name or folder with the same tokenizer; or toy")
     data: str = arg("toy", "prompts: .jsonl, .json, .parquet, a folder saved by datasets, a hub name; or toy")
     eval_data: str | None = arg(None, "held-out prompts, with a column answer; toy data brings its own")
+    chat_template_kwargs: str | None = arg(None, 'for chat templates, as JSON: {"enable_thinking": false}')
+    teacher_template: str = arg("student", "own: the teacher reads its own chat template", "student|own")
     max_prompt_tokens: int = arg(256, "a longer prompt is an error; prompts are never truncated", "[1,inf)")
     max_new_tokens: int = arg(256, "a completion is truncated at this length", "[1,inf)")
     loss: str = arg("sg_topk", "one of the losses listed at the end", group="loss")
     topk: int = arg(20, "k of the top-k losses and of student_mass, teacher_mass, overlap", "[1,inf)")
-    topk_source: str | None = arg(
-        None, "whose top k (default: student; *_forward: teacher)", "student|teacher|union|intersection"
-    )
+    topk_source: str | None = arg(None, "whose top k; default by loss", "student|teacher|union|intersection")
     beta: float = arg(0.5, "jsd: weight of the teacher in the mixture; at the ends use a plain KL", "(0,1)")
+    kl_weight: float = arg(0.5, "mixed_kl: weight of the forward KL; the reverse KL has the rest", "[0,1]")
     alpha: float = arg(0.1, "skew_*: share of its first distribution mixed into its second", "(0,1)")
     gamma: float = arg(0.0, "pg: discount of later tokens in the advantage; 1 = sequence-level KL", "[0,1]")
+    mu: float = arg(0.5, "adaptive_kl: probability mass of the teacher's head", "(0,1)")
+    tau: float = arg(1.0, "entropy_aware_kl: teacher entropy, in nats, above which it adds", "[0,inf)")
+    eta: float = arg(1.0, "entropy_aware_kl: weight of the forward KL that it adds", "[0,inf)")
+    pg_baseline: str = arg("none", "pg: kl centres the advantage on the prefix's reverse KL", "none|kl")
+    pg_clip_reward: float | None = arg(None, "pg: bounds |log q - log p| of a token; biased", "(0,inf)")
     loss_temperature: float = arg(1.0, "student AND teacher logits are divided by this", "[1e-6,inf)")
     batch_size: int = arg(64, "prompts per step, over all ranks", "[1,inf)", "sampling")
     samples_per_prompt: int = arg(1, "completions of each prompt", "[1,inf)")
@@ -98,8 +104,10 @@ class Args:
     eval_every: int = arg(50, "evaluate every N steps, at the start and the end; 0 = never", "[0,inf)")
     eval_samples: int = arg(1, "completions of each held-out prompt: avg@n and pass@n", "[1,inf)")
     save_every: int = arg(0, "write a checkpoint every N steps and after the last; 0 = only then", "[0,inf)")
+    show_samples: int = arg(0, "print N of the samples of each evaluation", "[0,8]")
     keep: int = arg(2, "number of newest checkpoints to keep", "[1,inf)")
     resume: bool = arg(False, "continue the run in --out from its newest whole checkpoint")
+    dry_run: bool = arg(False, "show what student and teacher read, and the memory needed; then stop")
 
 
 class Example(NamedTuple):
@@ -121,7 +129,8 @@ class Teacher:
         return path["teacher"]
 
     def prompt(self, tokenizer, rows, i, prompt):  # -> token ids that it reads for row i
-        return prompt
+        own = self.args.teacher_template == "own"
+        return encode_prompt(self.model.tokenizer, rows[i]["prompt"]) if own else prompt
 
     def begin(self, student, data, held_out, tokenizer, stop_ids):
         """Called once, with the initial weights."""
@@ -143,6 +152,9 @@ def train(args, make_teacher=Teacher):
     student, teacher.model, tokenizer, stop_ids = load_pair(*sources, loading, device)
     held_out = [*Examples(path, "eval_data", tokenizer, teacher, args)] if args.eval_data else []
     data = Examples(path, "data", tokenizer, teacher, args)
+    if args.dry_run:
+        return describe(student, teacher.model, held_out or data, tokenizer, stop_ids, args)
+    watched = held_out or [data[i] for i in range(min(8, len(data)) if args.eval_every else 0)]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     with autocast:
         teacher.begin(student, data, held_out, tokenizer, stop_ids)
@@ -151,25 +163,29 @@ def train(args, make_teacher=Teacher):
     done = resume(student, teacher, optimizer, args)  # steps already taken: 0 unless --resume
     history = begin_log(out, done)
 
-    def evaluated(row):
-        """The row with an evaluation on the held-out prompts, without PI and of the teacher."""
-        with autocast:
-            if held_out:
-                row.update(evaluate(student, teacher.model, held_out, tokenizer, stop_ids, args))
-            return {**row, **teacher.measure(row, evaluating=True)}
-
-    if done == 0 and held_out:
-        record(history, evaluated({"step": 0}), out)
     bar = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, disable=ranks()[0] > 0)
-    beside_bar = {"reverse_kl": "", "eval_accuracy": "", "tokens_per_s": ""}
+
+    def evaluated(row):  # the row, with an evaluation of the student and what the teacher measures
+        with autocast:
+            if watched:  # without held-out prompts: the first training prompts, for samples.jsonl only
+                scores, samples = evaluate(student, teacher.model, watched, tokenizer, stop_ids, args)
+                row = {**row, **(scores if held_out else {})}
+                record_samples(samples, row, out, args)
+            row.update(teacher.measure(row, evaluating=True))
+        bar.set_description(f"accuracy {row['eval_accuracy']:.3f}" if "eval_accuracy" in row else None)
+        return row
+
+    if done == 0 and watched:
+        row = evaluated({"step": 0})
+        if held_out:
+            record(history, row, out)
     with deferred_signals() as signals, bar:
         for step in bar:
             begin, seconds = clock(device), {}
             for group in optimizer.param_groups:
                 group["lr"] = lr_at(step, args)
 
-            # 1. Sample: from the student; in SFT steps, and in a share 1 - lmbda of the others, from the
-            # teacher. Whichever model samples reads its own prompt.
+            # 1. Sample from the student; in SFT steps and a share 1 - lmbda of the others, from the teacher.
             slots, batch = batch_of(step, data, args)
             on_policy = step > args.sft_steps and uniforms(args.seed, step).item() < args.lmbda
             writer = student if on_policy else teacher.model
@@ -192,16 +208,14 @@ def train(args, make_teacher=Teacher):
 
             # 3. Evaluate, log, save.
             row = {"step": step, **updates[0], **rollout_metrics(rollouts, device), **seconds}
-            row.update(teacher.measure(row, evaluating=False))
-            row.update(lr=lr_at(step, args), peak_mem_gb=peak_memory_gb(device))
-            row["tokens_per_s"] = row["tokens"] / (clock(device) - begin)
+            row.update(teacher.measure(row, evaluating=False), lr=lr_at(step, args))
+            row.update(tokens_per_s=row["tokens"] / (clock(device) - begin), peak_mem_gb=peak_gb(device))
             stop = all_reduce(torch.tensor(len(signals), device=device)).item() > 0  # on any rank
             last = step == args.steps
             if last or (args.eval_every and step % args.eval_every == 0):
                 row = evaluated(row)
             record(history, row, out)
-            beside_bar.update({name: f"{row[name]:.4g}" for name in beside_bar if name in row})
-            bar.set_postfix(beside_bar)
+            bar.set_postfix_str(f"KL {row['reverse_kl']:.4f}, {row['tokens_per_s']:.0f} tokens/s")
             if last or stop or (args.save_every and step % args.save_every == 0):
                 save_checkpoint(out, step, student, teacher, tokenizer, optimizer, args)
             if stop:
@@ -245,8 +259,7 @@ def sample(model, prompts, n, stop_ids, key, prompt_keys, max_new_tokens, temper
     position = (mask.cumsum(dim=1) - 1).clamp(min=0)  # [B,width]
     cache = DynamicCache(config=model.config)
     forward = functools.partial(body_of(model), past_key_values=cache, use_cache=True)
-    prefill = forward(input_ids=ids, attention_mask=mask, position_ids=position)
-    hidden = prefill.last_hidden_state  # [B,width,D]
+    hidden = forward(input_ids=ids, attention_mask=mask, position_ids=position).last_hidden_state  # [B,L,D]
     logits = project(model, hidden[:, -1]).repeat_interleave(n, dim=0)  # [R,V]
     cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))
     mask = mask.repeat_interleave(n, dim=0)  # [R,width]
@@ -319,11 +332,12 @@ def completion_hidden(model, prompts, completions):
 LOSSES = {
     "forward_kl": ("full", lambda args, *x: losses.forward_kl(*x)),
     "reverse_kl": ("full", lambda args, *x: losses.reverse_kl(*x)),
+    "mixed_kl": ("full", lambda args, *x: losses.mixed_kl(*x, weight=args.kl_weight)),
     "jsd": ("full", lambda args, *x: losses.jsd(*x, beta=args.beta)),
     "skew_forward_kl": ("full", lambda args, *x: losses.skew_forward_kl(*x, alpha=args.alpha)),
     "skew_reverse_kl": ("full", lambda args, *x: losses.skew_reverse_kl(*x, alpha=args.alpha)),
-    "adaptive_kl": ("full", lambda args, *x: losses.adaptive_kl(*x)),
-    "entropy_aware_kl": ("full", lambda args, *x: losses.entropy_aware_kl(*x)),
+    "adaptive_kl": ("full", lambda args, *x: losses.adaptive_kl(*x, mu=args.mu)),
+    "entropy_aware_kl": ("full", lambda args, *x: losses.entropy_aware_kl(*x, tau=args.tau, eta=args.eta)),
     "tvd": ("full", lambda args, *x: losses.tvd(*x)),
     "topk": ("top-k", lambda args, *x: losses.topk_reverse_kl(*x)),
     "sg_topk": ("top-k", lambda args, *x: losses.sg_topk_reverse_kl(*x)),
@@ -357,17 +371,17 @@ def token_loss(loss, student_logits, teacher_logits, tokens, advantage, behaviou
 @torch.no_grad()
 def advantages(student, hidden, teacher, teacher_hidden, tokens, sizes, args):
     """pg's advantage of each completion token, [N]. It sums along a row, so no single chunk can give it."""
-
-    def token_logp(model, hidden):  # -> [B,T]
-        chunks = zip(hidden.split(args.chunk_tokens), tokens.split(args.chunk_tokens), strict=True)
-        logits = ((project(model, h) / args.loss_temperature, y) for h, y in chunks)
-        logp = torch.cat([x.log_softmax(-1).gather(-1, y[:, None]) for x, y in logits])
-        return torch.zeros(inside.shape, device=hidden.device).masked_scatter(inside, logp)
-
-    sizes = torch.tensor(sizes, device=hidden.device)  # [B]
-    inside = torch.arange(sizes.max(), device=hidden.device) < sizes[:, None]  # [B,T]
-    student_logp, teacher_logp = token_logp(student, hidden), token_logp(teacher, teacher_hidden)
-    return losses.reverse_kl_advantage(student_logp, teacher_logp, inside, args.gamma)[inside]
+    columns, chunks = [], (x.split(args.chunk_tokens) for x in (hidden, teacher_hidden, tokens[:, None]))
+    for h, h_q, y in zip(*chunks, strict=True):
+        s, t = (project(m, x) / args.loss_temperature for m, x in ((student, h), (teacher, h_q)))  # [n,V]
+        logps = (x.log_softmax(-1).gather(-1, y)[:, 0] for x in (s, t))
+        columns.append(torch.stack([*logps, losses.reverse_kl(s, t)], dim=-1))  # [n,3]
+    rows = torch.nn.utils.rnn.pad_sequence(torch.cat(columns).split(sizes), batch_first=True)  # [B,T,3]
+    ends = torch.tensor(sizes, device=hidden.device)[:, None]  # [B,1]
+    inside = torch.arange(rows.shape[1], device=hidden.device) < ends  # [B,T]
+    p, q, kl = rows.unbind(-1)  # log p(y), log q(y), KL(p || q), [B,T] each
+    baseline = kl if args.pg_baseline == "kl" else None
+    return losses.reverse_kl_advantage(p, q, inside, args.gamma, baseline, args.pg_clip_reward)[inside]
 
 
 TOKEN_METRICS = (
@@ -460,33 +474,24 @@ def update(student, teacher, rollouts, teacher_prompts, loss, optimizer, args, s
 
 
 def evaluate(student, teacher, examples, tokenizer, stop_ids, args):
-    """-> eval_accuracy (avg@n), eval_pass (pass@n), eval_reverse_kl (nats; not if teacher=None), eval_len.
-
-    The random numbers are the same every time: two evaluations differ by the weights alone. A row with an
-    empty answer counts for KL and length only.
-    """
+    """-> scores: eval_accuracy (avg@n), eval_pass (pass@n), eval_len, with a teacher eval_reverse_kl of whole
+    completions and of each third; and the first 8 rollouts as text. The random numbers are the same every
+    time: two evaluations differ by the weights alone."""
     n, (rank, world), limits = args.eval_samples, ranks(), (args.max_new_tokens, args.temperature, args.top_p)
-    sums = torch.zeros(6, dtype=torch.float64)  # right, passed, asked, KL, tokens, rollouts
-    mine = range(rank, len(examples), world)
+    sums, samples, mine = torch.zeros(11, dtype=torch.float64), {}, range(rank, len(examples), world)
     group = max(1, args.batch_size * args.samples_per_prompt // world // n)  # no more rows than in training
     for which in (mine[i : i + group] for i in range(0, len(mine), group)):
-        prompts = [examples[i].prompt for i in which]
+        asked, kls = [examples[i] for i in which for _ in range(n)], []  # of each rollout
+        prompts = [x.prompt for x in asked[::n]]
         rollouts = sample(student, prompts, n, stop_ids, (~args.seed, 0), which, *limits)
-        asked = [examples[i] for i in which for _ in range(n)]  # of each rollout
-        texts = tokenizer.batch_decode([r.completion for r in rollouts], skip_special_tokens=True)
-        right = [x.answer != "" and is_correct(y, x.answer) for x, y in zip(asked, texts, strict=True)]
-        passed = sum(any(right[i : i + n]) for i in range(0, len(right), n))
-        tokens = sum(len(r.completion) for r in rollouts)
         for k in range(0, len(rollouts) if teacher else 0, args.micro_batch_size):
             micro = slice(k, k + args.micro_batch_size)
             inputs = (rollouts[micro], [x.teacher_prompt for x in asked[micro]], LOSSES["reverse_kl"])
-            metrics, _ = distill(student, teacher, *inputs, args, None)
-            sums[3] += metrics[TOKEN_METRICS.index("reverse_kl")].sum().cpu()
-        asked = sum(x.answer != "" for x in asked)
-        sums += torch.tensor([sum(right) / n, passed, asked / n, 0, tokens, len(rollouts)])
-    right, passed, asked, kl, tokens, rows = all_reduce(sums.to(student.device)).tolist()
-    scores = {"eval_accuracy": right / asked, "eval_pass": passed / asked} if asked else {}
-    return {**scores, **({"eval_reverse_kl": kl / tokens} if teacher else {}), "eval_len": tokens / rows}
+            metrics, _ = distill(student, teacher, *inputs, args, None)  # [10,N]
+            kls += metrics[1].cpu().split([len(r.completion) for r in rollouts[micro]])  # [T] of each
+        some, shown = tally(which, rollouts, asked, kls, n, tokenizer)
+        sums, samples = sums + some, {**samples, **shown}
+    return scores(all_reduce(sums.to(student.device)).tolist()), gather(samples)
 
 
 # ============================================================================================================
@@ -528,6 +533,14 @@ def all_reduce(tensor):
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def gather(entries):
+    """One dict of the entries of all ranks, in order of its keys."""
+    parts = [entries] * ranks()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(parts, entries)
+    return {key: part[key] for key, part in sorted((key, part) for part in parts for key in part)}
 
 
 @contextlib.contextmanager
@@ -600,8 +613,15 @@ class Examples:
         columns = ["prompt", *["answer"] * (flag == "eval_data"), *teacher.columns]
         self.rows, self.where = load_rows(path[flag], flag, columns), f"--{flag} {path[flag]}"
         self.tokenizer, self.teacher, self.limit = tokenizer, teacher, args.max_prompt_tokens
-        for i in range(min(len(self), 1000)):
-            self[i]
+        first = range(min(len(self), 1000))
+        specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        held = [i for i in first if self[i] and any(token in texts(self.rows[i]) for token in specials)]
+        if held and ranks()[0] == 0:
+            why = "they become control tokens, and may end a turn early on one side only"
+            many = (
+                f"{len(held)} of the first {len(first)} rows hold special tokens as text, row {held[0]} first"
+            )
+            print(f"{self.where}: {many}; {why}", file=sys.stderr)
 
     def __len__(self):
         return len(self.rows)
@@ -614,6 +634,12 @@ class Examples:
             prompt = encode_prompt(self.tokenizer, row["prompt"], self.limit)
             teacher_prompt = self.teacher.prompt(self.tokenizer, self.rows, i, prompt)
         return Example(prompt, teacher_prompt, "" if row.get("answer") is None else str(row["answer"]))
+
+
+def texts(row):
+    """The text of a row that goes into a chat or PI template; a raw prompt may hold special tokens."""
+    chat = [message["content"] for message in row["prompt"]] if isinstance(row["prompt"], list) else []
+    return " ".join(map(str, [*chat, row.get("answer"), row.get("solution"), row.get("privileged")]))
 
 
 def encode_prompt(tokenizer, prompt, limit=math.inf):
@@ -677,6 +703,43 @@ def is_correct(completion, answer):
     return found is not None and normal(found) == normal(extract_answer(answer, otherwise=answer))
 
 
+def tally(which, rollouts, asked, kls, n, tokenizer):
+    """What evaluate counts in rollouts, n of each row: sums [11], and samples of rows 0 to 7. Sums: right,
+    passed, asked, rollouts, tokens; KL of the first, middle and last third; tokens of these."""
+    texts = tokenizer.batch_decode([r.completion for r in rollouts], skip_special_tokens=True)
+    right = [x.answer != "" and is_correct(y, x.answer) for x, y in zip(asked, texts, strict=True)]
+    passed = sum(any(right[i : i + n]) for i in range(0, len(right), n))
+    counts = [sum(right) / n, passed, sum(x.answer != "" for x in asked) / n, len(rollouts)]
+    counts.append(sum(len(r.completion) for r in rollouts))
+    thirds = [torch.tensor_split(kl, 3) for kl in kls]
+    counts += [sum(third[k].sum().item() for third in thirds) for k in range(3)]
+    counts += [sum(len(third[k]) for third in thirds) for k in range(3)]
+    samples = {}
+    for k, i in enumerate(which):
+        if i < 8:  # the first of the n completions
+            r, x = rollouts[k * n], asked[k * n]
+            read = {"prompt": tokenizer.decode(x.prompt)}
+            if x.teacher_prompt != x.prompt:
+                read["teacher_prompt"] = tokenizer.decode(x.teacher_prompt)
+            samples[i] = {**read, "completion": tokenizer.decode(r.completion), "answer": x.answer}
+            samples[i]["right"] = right[k * n] if x.answer else None
+            if kls:
+                samples[i].update(mean_kl=kls[k * n].mean().item(), max_kl=kls[k * n].max().item())
+    return torch.tensor(counts, dtype=torch.float64), samples
+
+
+def scores(sums):
+    """The metrics of an evaluation, from tally's sums over all ranks."""
+    right, passed, asked, rows, tokens, *kls = sums
+    found = {"eval_accuracy": right / asked, "eval_pass": passed / asked} if asked else {}
+    if any(kls[3:]):
+        found["eval_reverse_kl"] = sum(kls[:3]) / sum(kls[3:])
+    for k, name in enumerate(("first", "middle", "last")):
+        if kls[3 + k]:  # a completion of one token has a first third only
+            found[f"eval_reverse_kl_{name}"] = kls[k] / kls[3 + k]
+    return {**found, "eval_len": tokens / rows}
+
+
 # ----------------------------------------------------------------------------------------------------- models
 def load_model(path, flag, dtype, device):
     """-> tokenizer, model in eval mode (no dropout, ever); safetensors only, no remote code."""
@@ -688,6 +751,7 @@ def load_model(path, flag, dtype, device):
         if info["missing_keys"]:  # they would be drawn at random, in silence
             raise ValueError(f"weights are missing: {' '.join(sorted(info['missing_keys'])[:3])} ...")
     model.get_input_embeddings().padding_idx = None  # it would get no gradient, and is often the end token
+    model.tokenizer = tokenizer
     return tokenizer, model.to(device).eval()
 
 
@@ -700,6 +764,8 @@ def load_pair(student_path, teacher_path, args, device):
         teacher_tokenizer, teacher = load_model(teacher_path, "teacher", getattr(torch, args.dtype), device)
         teacher.requires_grad_(False)
         teacher.get_output_embeddings().float()  # logits are made in float32: see project
+    for t in (tokenizer, teacher_tokenizer):
+        t.apply_chat_template = functools.partial(t.apply_chat_template, **template_kwargs(args))
     ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (tokenizer, teacher_tokenizer))
     i = min((i for i in {*ours, *theirs} if ours.get(i) != theirs.get(i)), default=0)  # where they part
     differs = f"token {i} is {theirs.get(i)!r} here, {ours.get(i)!r} in --student {args.student}"
@@ -720,6 +786,15 @@ def load_pair(student_path, teacher_path, args, device):
         ends = model.generation_config.eos_token_id if model.generation_config else None
         stop_ids |= set(ends) if isinstance(ends, list | tuple) else {ends}
     return student, teacher, tokenizer, sorted(i for i in stop_ids if i is not None and i < vocab)
+
+
+def template_kwargs(args):
+    """--chat_template_kwargs as a dict; protects from what is no JSON object."""
+    text = args.chat_template_kwargs
+    with blame(f"--chat_template_kwargs {text}", "not a JSON object", 'write {"enable_thinking": false}'):
+        found = json.loads(text or "{}")
+        need(isinstance(found, dict), 'not a JSON object; write {"enable_thinking": false}')
+    return found
 
 
 def body_of(model):
@@ -827,7 +902,13 @@ def checkpoints(out):
 
 # What a resumed run may change: nothing that enters the arithmetic of a step already taken.
 FREE_ON_RESUME = "out eval_data eval_every eval_samples save_every keep resume device micro_batch_size"
-FREE_ON_RESUME = {*FREE_ON_RESUME.split(), "chunk_tokens", "gradient_checkpointing"}
+FREE_ON_RESUME = {
+    *FREE_ON_RESUME.split(),
+    "chunk_tokens",
+    "gradient_checkpointing",
+    "show_samples",
+    "dry_run",
+}
 
 
 def resume(student, teacher, optimizer, args):
@@ -863,21 +944,25 @@ def resume(student, teacher, optimizer, args):
 
 # -------------------------------------------------------------------------------------------------------- log
 def begin_log(out, last_step):
-    """Start metrics.jsonl, or drop its rows after the step to resume from -> the rows that stay."""
-    file, aside, rows = out / "metrics.jsonl", out / ".metrics.jsonl.tmp", []
-    with blame(f"--out {out}", "metrics.jsonl cannot be continued", "restore it, or choose another --out"):
-        if last_step:
-            lines = file.read_text().splitlines(keepends=True)
+    """Start metrics.jsonl and samples.jsonl, or drop their rows after the step to resume from -> metrics."""
+    kept = {"metrics.jsonl": [], "samples.jsonl": []}
+    for name in kept if last_step else ():
+        with blame(f"--out {out}", f"{name} cannot be continued", "restore it, or choose another --out"):
+            lines = (out / name).read_text().splitlines(keepends=True) if (out / name).exists() else []
             rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill tears the last
-            rows = [row for row in rows if row["step"] <= last_step]
-            whole = rows and rows[-1]["step"] == last_step
-            need(whole, f"metrics.jsonl has no row of step {last_step}; restore it")
-    if ranks()[0] == 0:
+            kept[name] = [row for row in rows if row["step"] <= last_step]
+    last = [row["step"] for row in kept["metrics.jsonl"]][-1:]
+    lost = f"--out {out}: metrics.jsonl has no row of step {last_step}; restore it, or choose another --out"
+    need(last == [last_step] or not last_step, lost)
+    for name, rows in kept.items() if ranks()[0] == 0 else ():
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-            aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(aside, file)
-    return rows
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            (out / f".{name}.tmp").write_text("".join(lines), encoding="utf-8")
+            os.replace(out / f".{name}.tmp", out / name)
+            if not rows and name == "samples.jsonl":  # it begins with the first evaluation
+                (out / name).unlink()
+    return kept["metrics.jsonl"]
 
 
 def record(history, row, out):
@@ -886,6 +971,35 @@ def record(history, row, out):
     if ranks()[0] == 0:
         with writing(out), open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def record_samples(samples, row, out, args):
+    """Add an evaluation's samples to samples.jsonl, and print the first --show_samples of them."""
+    rows = [{"step": row["step"], "row": i, **text} for i, text in samples.items()]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    if ranks()[0] == 0:
+        with writing(out), open(out / "samples.jsonl", "a", encoding="utf-8") as file:
+            file.write("".join(line + "\n" for line in lines))
+        for line in lines[: args.show_samples]:
+            tqdm.write(line)
+
+
+def describe(student, teacher, examples, tokenizer, stop_ids, args):
+    """--dry_run: print what both models read, special tokens visible, and what a rank must hold."""
+    for i in range(min(2, len(examples))):
+        for who, ids in (("student", examples[i].prompt), ("teacher", examples[i].teacher_prompt)):
+            print(f"row {i}, the {who} reads {len(ids)} tokens:\n{tokenizer.decode(ids)}")
+        print(f"row {i}, answer: {examples[i].answer!r}\n")
+    print("stop tokens:", ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids))
+    gb = {"student's weights, gradients and two moments": 16 * student.num_parameters() / 1e9}
+    if teacher is not student:
+        gb["teacher's weights"] = sum(p.numel() * p.element_size() for p in teacher.parameters()) / 1e9
+    gb["logits of a chunk"] = 32 * args.chunk_tokens * student.vocab_in_use / 1e9  # about 8 float32 tensors
+    sizes = [f"{model.num_parameters():,}" for model in (student, teacher)]
+    print(f"parameters: student {sizes[0]}, teacher {sizes[1]}")
+    parts = ", ".join(f"{what} {size:.2f}" for what, size in gb.items())
+    print(f"GB per rank, besides activations and the KV cache: {parts}; in all {sum(gb.values()):.2f}")
+    return []
 
 
 def repetition(completion, n=4):
@@ -972,6 +1086,7 @@ def check_args(args):
     """UserError for the first value that makes no sense, alone or beside the others."""
     need(args.loss in LOSSES, f"--loss {args.loss}: unknown; choose one of {' '.join(LOSSES)}")
     check_ranges(args)
+    template_kwargs(args)
     sft = f"--sft_steps {args.sft_steps}: must not exceed --steps {args.steps}, which count them"
     need(args.sft_steps <= args.steps, sft)
     out, size, world = Path(args.out).absolute(), args.batch_size, ranks()[1]
@@ -1129,7 +1244,7 @@ def timed(seconds, name, device):
     seconds[name] = seconds.get(name, 0.0) + clock(device) - start
 
 
-def peak_memory_gb(device):
+def peak_gb(device):
     """The most that the GPU has held, or this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9

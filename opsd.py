@@ -179,7 +179,11 @@ def chat_text(tokenizer, messages):
 def encode_teacher_prompt(tokenizer, rows, i, args, limit):
     """Token ids of what the teacher reads for row i."""
     prompt, begun = teacher_prompt(tokenizer, rows, i, args)
-    if begun:
+    if args.pi == "system" and isinstance(prompt, list):
+        remedy = "use --pi instruction, which puts the same text into the user's turn"
+        with opd.blame("--pi system", "the chat template refuses a system message", remedy):
+            ids = opd.encode_prompt(tokenizer, prompt)
+    elif begun:
         raw = isinstance(prompt, str)
         start = prompt if raw else chat_text(tokenizer, prompt)
         start = re.sub(r"<think>\s*</think>\s*$", "", start)  # a template's empty block: ours takes its place
@@ -248,6 +252,7 @@ class SelfTeacher(opd.Teacher):
 
     def prompt(self, tokenizer, rows, i, prompt):
         longest = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        tokenizer = self.model.tokenizer if self.args.teacher_template == "own" else tokenizer
         return encode_teacher_prompt(tokenizer, rows, i, self.args, longest - self.args.max_new_tokens)
 
     def begin(self, student, data, held_out, tokenizer, stop_ids):
@@ -271,7 +276,7 @@ class SelfTeacher(opd.Teacher):
         found = {"pi_gap": row["teacher_logp"] - row["student_logp"]} if row["step"] else {}
         if evaluating and self.held_out:
             if self.anchors or not self.ceiling:  # a frozen teacher's does not change
-                self.ceiling = opd.evaluate(self.model, None, self.held_out, *self.evaluation)
+                self.ceiling, _ = opd.evaluate(self.model, None, self.held_out, *self.evaluation)
             with_pi = {"eval_accuracy": "eval_with_pi_accuracy", "eval_len": "eval_with_pi_len"}
             found.update({with_pi[name]: x for name, x in self.ceiling.items() if name in with_pi})
         if evaluating and self.anchors and row["step"]:

@@ -629,3 +629,72 @@ def test_flag_of_a_bench(words, needed, capsys, monkeypatch, tmp_path):
         runpy.run_path(str(bench / f"{name}.py"), run_name="__main__")
     assert exit.value.code == 2
     assert needed in capsys.readouterr().err.splitlines()[-1]
+
+
+# --------------------------------------------------------------------- resuming from what should not be there
+
+
+def log_of(text):
+    return lambda out: (out / "metrics.jsonl").write_text(text)
+
+
+def gone(out):
+    (out / "metrics.jsonl").unlink()
+
+
+def a_folder(out):
+    gone(out)
+    (out / "metrics.jsonl").mkdir()
+
+
+ROW = '{"step": 1}\n{"step": 2}\n'
+TORN_LOGS = {  # what happened to metrics.jsonl of a run of three steps -> what the line must say
+    "gone": (gone, "no row of step 3"),
+    "empty": (log_of(""), "no row of step 3"),
+    "a folder": (a_folder, "directory"),
+    "a row without step": (log_of(ROW + '{"loss": 1}\n'), "'step'"),
+    "a row that is a list": (log_of(ROW + "[3]\n"), "metrics.jsonl cannot be continued"),
+    "no JSON": (log_of(ROW + "step 3\n"), "Expecting value"),
+    "another run's": (log_of(ROW), "no row of step 3"),
+    "not UTF-8": (lambda out: (out / "metrics.jsonl").write_bytes(b'{"step": "\xe9"}\n'), "utf-8"),
+}
+
+
+@pytest.mark.parametrize("steps", [3, 4], ids=["finished", "unfinished"])
+@pytest.mark.parametrize("case", TORN_LOGS)
+def test_resume_with_a_log_that_is_not_this_runs(case, steps, a_run, refused):
+    spoil, needed = TORN_LOGS[case]
+    spoil(a_run)
+    line = refused(needed, out=a_run, resume=True, **{**A_RUN, "steps": steps})
+    assert "metrics.jsonl" in line and "choose another --out" in line and "--data" not in line
+
+
+def trainer(**changes):
+    def spoil(folder):
+        state = torch.load(folder / "trainer.pt", weights_only=True)
+        torch.save({**state, **changes}, folder / "trainer.pt")
+
+    return spoil
+
+
+TORN_STATES = {
+    "args of another kind": trainer(args=[1]),
+    "args that are text": trainer(args="steps 3"),
+    "no moments": trainer(optimizer={}),
+    "moments of another kind": trainer(optimizer=3),
+    "no state of any weight": trainer(optimizer={"state": {}, "param_groups": []}),
+    "a step that is text": trainer(step="3"),
+    "the step of another run": trainer(step=1000),
+}
+
+
+@pytest.mark.parametrize("case", TORN_STATES)
+def test_resume_from_a_state_that_is_not_whole_takes_the_one_before(case, a_run, call):
+    TORN_STATES[case](a_run / "step_000003")
+    code, lines = call(resume=True, **{**A_RUN, "steps": 4})
+    assert code == 0 and "step_000003: not a whole checkpoint" in lines[0]
+    assert steps_of(a_run) == [1, 2, 3, 4]
+
+
+def test_resume_to_fewer_steps_than_were_taken(a_run, refused):
+    refused(f"the run in --out {a_run} has 3 steps already; raise it", steps=2, save_every=1, resume=True)

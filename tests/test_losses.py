@@ -53,6 +53,7 @@ def entropy_aware(p, q, p0, tau=1.0, eta=1.0):
 FULL = {  # name -> oracle(student p, teacher q, student held still p0)
     "forward_kl": lambda p, q, p0: kl(q, p),
     "reverse_kl": lambda p, q, p0: kl(p, q),
+    "mixed_kl": lambda p, q, p0, weight=0.5: weight * kl(q, p) + (1 - weight) * kl(p, q),
     "jsd": lambda p, q, p0, beta=0.5: beta * kl(q, mix(beta, q, p)) + (1 - beta) * kl(p, mix(beta, q, p)),
     "skew_forward_kl": lambda p, q, p0, alpha=0.1: kl(q, mix(alpha, q, p)),
     "skew_reverse_kl": lambda p, q, p0, alpha=0.1: kl(p, mix(alpha, p, q)),
@@ -180,6 +181,7 @@ any_input = pytest.mark.parametrize(
 @pytest.mark.parametrize(
     "name, kw",
     [(name, {}) for name in FULL]
+    + [("mixed_kl", {"weight": w}) for w in (0.0, 0.2, 1.0)]
     + [("jsd", {"beta": 0.1}), ("jsd", {"beta": 0.9})]
     + [("skew_forward_kl", {"alpha": 0.7}), ("skew_reverse_kl", {"alpha": 0.7})]
     + [("adaptive_kl", {"mu": 0.2}), ("adaptive_kl", {"mu": 0.95})]
@@ -610,6 +612,59 @@ def test_advantage_is_the_discounted_sum_of_later_gaps(gamma, mask):
     close(out, torch.tensor(want))
 
 
+@pytest.mark.parametrize("weight, twin", [(0.0, "reverse_kl"), (1.0, "forward_kl")])
+def test_mixed_kl_is_exactly_a_pure_kl_at_either_end(weight, twin):
+    s, t = logits(6, V, seed=1), logits(6, V, seed=2)
+    results = []
+    for f in (lambda z: losses.mixed_kl(z, t, weight=weight), lambda z: getattr(losses, twin)(z, t)):
+        z = s.clone().requires_grad_()
+        out = f(z)
+        results.append((out.detach(), torch.autograd.grad(out.sum(), z)[0]))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def gradients_of_pg(baseline=None, clip=None):
+    """Of the surrogate at each y, [y, logits]: what is averaged over y ~ p."""
+    found = []
+    for y in range(5):
+        z = Z.clone().requires_grad_()
+        log_p, log_q = z.log_softmax(-1)[None, y : y + 1], T.log_softmax(-1)[None, y : y + 1]
+        A = losses.reverse_kl_advantage(log_p, log_q, baseline=baseline, clip=clip)
+        found.append(torch.autograd.grad(pg(log_p, A).sum(), z)[0])
+    return torch.stack(found)
+
+
+def test_the_reverse_kl_as_baseline_keeps_the_mean_gradient_and_lowers_its_variance():
+    plain, centred = gradients_of_pg(), gradients_of_pg(baseline=REVERSE_KL[None, None])
+
+    def moments(gradients):
+        mean = (P[:, None] * gradients).sum(0)
+        return mean, (P[:, None] * (gradients - mean) ** 2).sum()
+
+    (mean, variance), (same_mean, lower) = moments(plain), moments(centred)
+    close(mean, REVERSE)
+    close(same_mean, REVERSE)
+    assert lower < 0.9 * variance
+
+
+def test_clipped_gaps_bound_the_advantage_and_bias_the_gradient():
+    log_p, log_q = P.log()[None], Q.log()[None]
+    clipped = losses.reverse_kl_advantage(log_p, log_q, clip=0.3)
+    close(clipped, (log_q - log_p).clamp(-0.3, 0.3))
+    assert clipped.abs().max() < (log_q - log_p).abs().max() - 0.1
+    mean = (P[:, None] * gradients_of_pg(clip=0.3)).sum(0)
+    assert (mean - REVERSE).abs().max() > 0.01
+    close((P[:, None] * gradients_of_pg(clip=100.0)).sum(0), REVERSE)
+
+
+def test_a_baseline_of_padding_is_not_read():
+    log_p, log_q = -logits(2, 3, seed=1).abs(), -logits(2, 3, seed=2).abs()
+    mask, baseline = torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.full((2, 3), 0.5)
+    out = losses.reverse_kl_advantage(log_p, log_q, mask, 0.7, baseline.where(mask.bool(), math.nan))
+    want = losses.reverse_kl_advantage(log_p, log_q, mask, 0.7) + 0.5 * mask
+    close(out, want)
+
+
 def test_supports_and_advantages_carry_no_gradient():
     s, t = logits(3, V, seed=1).requires_grad_(), logits(3, V, seed=2).requires_grad_()
     for source in SOURCES:
@@ -659,6 +714,7 @@ def test_docstring_states_equation_value_gradient_cost_and_source(name):
 
 X = torch.zeros(1, V)
 REFUSED = [
+    *[("mixed_kl", {"weight": w}) for w in (-0.1, 1.1, math.nan)],
     *[("jsd", {"beta": b}) for b in (-0.1, 0, 1, 1.5, math.nan)],
     *[(name, {"alpha": a}) for name in ("skew_forward_kl", "skew_reverse_kl") for a in (-0.1, 0.0, 1.0, 2)],
     *[("adaptive_kl", {"mu": mu}) for mu in (-0.1, 0.0, 1.0, 1.1)],
@@ -669,6 +725,7 @@ REFUSED = [
     *[("topk_support", {"k": k, "source": "student"}) for k in (0, -1, V + 1)],
     ("topk_support", {"source": "both", "k": 1}),
     *[("reverse_kl_advantage", {"gamma": g}) for g in (-0.1, 1.01)],
+    *[("reverse_kl_advantage", {"clip": c}) for c in (-1.0, 0.0, math.nan)],
 ]
 
 

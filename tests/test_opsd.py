@@ -871,9 +871,9 @@ def test_the_ceiling_is_measured_anew_only_where_the_teacher_moves(kind, run, se
     # The rows say what an evaluation of these models says; the last of the current teacher's.
     args = opd.set_up(opsd.Args(**{**SMALL, **files, "out": "no/such/folder"}))[0]
     assert [x.answer for x in held_out] == ["46", "11", "300", "14"]
-    last = opd.evaluate(student, teacher, held_out, tokenizer, [1], args)
+    last, _ = opd.evaluate(student, teacher, held_out, tokenizer, [1], args)
     assert {name: rows[-1][name] for name in last} == last
-    ceiling = opd.evaluate(teacher, None, with_pi, tokenizer, [1], args)
+    ceiling, _ = opd.evaluate(teacher, None, with_pi, tokenizer, [1], args)
     assert rows[-1]["eval_with_pi_len"] == ceiling["eval_len"]
     assert rows[-1]["eval_with_pi_accuracy"] == ceiling["eval_accuracy"]
 

@@ -70,7 +70,11 @@ TOPK = {
     "norm_topk_forward": losses.norm_topk_forward_kl,
     "tail_topk_forward": losses.tail_topk_forward_kl,
 }
-KEYWORDS = {"jsd": dict(beta=0.3), "skew_forward_kl": dict(alpha=0.2), "skew_reverse_kl": dict(alpha=0.2)}
+KEYWORDS = {
+    **{"jsd": dict(beta=0.3), "skew_forward_kl": dict(alpha=0.2), "skew_reverse_kl": dict(alpha=0.2)},
+    **{"mixed_kl": dict(weight=0.2), "adaptive_kl": dict(mu=0.3)},
+    "entropy_aware_kl": dict(tau=2.5, eta=0.7),
+}
 
 
 def all_logits(model, rollouts):
@@ -100,7 +104,9 @@ def reference(student, teacher, rollouts, args, name):
     elif name in ("k1", "k2", "k3", "pg", "sft"):
         log_p, log_q = (x.log_softmax(-1).gather(-1, tokens[..., None])[..., 0] for x in (p, q))
         if name == "pg":
-            advantage = losses.reverse_kl_advantage(log_p, log_q, mask, args.gamma)
+            baseline = losses.reverse_kl(p, q) if args.pg_baseline == "kl" else None
+            options = (mask, args.gamma, baseline, args.pg_clip_reward)
+            advantage = losses.reverse_kl_advantage(log_p, log_q, *options)
             loss = losses.policy_gradient(log_p, advantage, behaviour, args.ratio_clip)
         else:
             loss = -log_p if name == "sft" else getattr(losses, name)(log_p, log_q)
@@ -136,7 +142,8 @@ def score(student, teacher, rollouts, args, name=None, total=None):
 def arguments(name, **kwargs):
     heat = dict(temperature=HEAT, loss_temperature=HEAT)
     name = "k1" if name == "sft" else name
-    return make_args(loss=name, beta=0.3, alpha=0.2, **{**heat, **kwargs})
+    settings = dict(beta=0.3, alpha=0.2, kl_weight=0.2, mu=0.3, tau=2.5, eta=0.7)
+    return make_args(loss=name, **{**settings, **heat, **kwargs})
 
 
 ALL = [*opd.LOSSES, "sft"]
@@ -406,6 +413,20 @@ def test_policy_gradient_that_looks_ahead_gives_the_reference(student, teacher, 
     close(found, expected)
 
 
+@pytest.mark.parametrize("options", [dict(pg_baseline="kl"), dict(pg_clip_reward=0.5)], ids=str)
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_policy_gradient_with_a_baseline_or_clipped_gaps_gives_the_reference(
+    student, teacher, rollouts, gamma, options
+):
+    args = arguments("pg", gamma=gamma, chunk_tokens=3, **options)
+    loss, expected = reference(student, teacher, rollouts, args, "pg")
+    some, found = score(student, teacher, rollouts, args)
+    assert some["loss"] == approx(loss, rel=1e-5)
+    close(found, expected)
+    plain, _ = score(student, teacher, rollouts, arguments("pg", gamma=gamma, chunk_tokens=3))
+    assert some["loss"] != approx(plain["loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_micro_batches_of_any_size_are_one_batch(student, teacher, rollouts, name):
     """Rows of unequal length: a mean per micro-batch would weigh tokens unequally."""
@@ -516,6 +537,7 @@ ROW = (
     "peak_mem_gb"
 ).split()
 EVALUATION = "eval_accuracy eval_pass eval_reverse_kl eval_len".split()
+EVALUATION += [f"eval_reverse_kl_{part}" for part in ("first", "middle", "last")]
 
 
 def test_every_row_of_the_log_has_every_metric(tiny, tmp_path):

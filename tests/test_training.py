@@ -239,7 +239,7 @@ def evaluation(monkeypatch):
             lambda model, asked, *_: [r for p in asked for r in rollouts if r.prompt == p],
         )
         examples = [opd.Example(p, p, answer) for p, answer in zip(prompts, answers, strict=True)]
-        scores = opd.evaluate(student, teacher, examples, tokenizer, [1], args)
+        scores, _ = opd.evaluate(student, teacher, examples, tokenizer, [1], args)
         return scores, (student, teacher, rollouts)
 
     return evaluate
@@ -269,7 +269,8 @@ def test_rows_without_an_answer_count_for_kl_and_length_only(evaluation):
 
 def test_without_any_answer_there_is_no_accuracy(evaluation):
     scores, _ = evaluation([["1$"], ["2$"]], ["", ""])
-    assert set(scores) == {"eval_reverse_kl", "eval_len"}
+    thirds = {f"eval_reverse_kl_{name}" for name in ("first", "middle")}  # of completions of two tokens
+    assert set(scores) == {"eval_reverse_kl", "eval_len", *thirds}
 
 
 def test_evaluations_draw_the_same_numbers_each_time(tiny, tmp_path, samples):
