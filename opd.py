@@ -129,8 +129,9 @@ class Teacher:
         return path["teacher"]
 
     def prompt(self, tokenizer, rows, i, prompt):  # -> token ids that it reads for row i
-        own = self.args.teacher_template == "own"
-        return encode_prompt(self.model.tokenizer, rows[i]["prompt"]) if own else prompt
+        if self.args.teacher_template == "student":
+            return prompt
+        return encode_prompt(self.model.tokenizer, rows[i]["prompt"], self.args.max_prompt_tokens)
 
     def begin(self, student, data, held_out, tokenizer, stop_ids):
         """Called once, with the initial weights."""
@@ -464,8 +465,7 @@ def update(student, teacher, rollouts, teacher_prompts, loss, optimizer, args, s
         seconds = {name: seconds.get(name, 0) + spent[name] for name in spent}
     # Data parallel (DDP): each rank has backpropagated its share of one global mean, so gradients add up.
     parameters = [p for p in student.parameters() if p.grad is not None]
-    for parameter in parameters:
-        all_reduce(parameter.grad)
+    sum_gradients([p.grad for p in parameters])
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
     means = dict(zip(TOKEN_METRICS, (all_reduce(sums) / total_tokens).tolist(), strict=True))
     check_finite(means, grad_norm, step, args)
@@ -535,12 +535,28 @@ def all_reduce(tensor):
     return tensor
 
 
+def sum_gradients(gradients, size=2**25):
+    """Sum over ranks, in place, in buckets of up to 128 MB: a call for each of many tensors costs latency.
+    torch's DistributedDataParallel would do so too, but expects one backward through the model per step."""
+    buckets = [[]]
+    for gradient in gradients if dist.is_initialized() else ():
+        if buckets[-1] and sum(x.numel() for x in buckets[-1]) + gradient.numel() > size:
+            buckets.append([])
+        buckets[-1].append(gradient)
+    for bucket in filter(None, buckets):
+        summed = all_reduce(torch.cat([x.flatten() for x in bucket])).split([x.numel() for x in bucket])
+        for gradient, part in zip(bucket, summed, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
 def gather(entries):
-    """One dict of the entries of all ranks, in order of its keys."""
-    parts = [entries] * ranks()[1]
+    """The entries of all ranks, each key of one rank only, in order of their keys."""
+    parts, merged = [entries] * ranks()[1], {}
     if dist.is_initialized():
         dist.all_gather_object(parts, entries)
-    return {key: part[key] for key, part in sorted((key, part) for part in parts for key in part)}
+    for part in parts:
+        merged.update(part)
+    return dict(sorted(merged.items()))
 
 
 @contextlib.contextmanager
@@ -986,19 +1002,24 @@ def record_samples(samples, row, out, args):
 
 def describe(student, teacher, examples, tokenizer, stop_ids, args):
     """--dry_run: print what both models read, special tokens visible, and what a rank must hold."""
+    lines = []
     for i in range(min(2, len(examples))):
         for who, ids in (("student", examples[i].prompt), ("teacher", examples[i].teacher_prompt)):
-            print(f"row {i}, the {who} reads {len(ids)} tokens:\n{tokenizer.decode(ids)}")
-        print(f"row {i}, answer: {examples[i].answer!r}\n")
-    print("stop tokens:", ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids))
+            lines.append(f"row {i}, the {who} reads {len(ids)} tokens:\n{tokenizer.decode(ids)}")
+        lines.append(f"row {i}, answer: {examples[i].answer!r}\n")
+    if tokenizer.chat_template != teacher.tokenizer.chat_template:
+        lines.append(f"the chat templates differ: --teacher_template {args.teacher_template}")
+    lines.append("stop tokens: " + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids))
+    sizes = [f"{model.num_parameters():,}" for model in (student, teacher)]
+    lines.append(f"parameters: student {sizes[0]}, teacher {sizes[1]}")
     gb = {"student's weights, gradients and two moments": 16 * student.num_parameters() / 1e9}
     if teacher is not student:
         gb["teacher's weights"] = sum(p.numel() * p.element_size() for p in teacher.parameters()) / 1e9
     gb["logits of a chunk"] = 32 * args.chunk_tokens * student.vocab_in_use / 1e9  # about 8 float32 tensors
-    sizes = [f"{model.num_parameters():,}" for model in (student, teacher)]
-    print(f"parameters: student {sizes[0]}, teacher {sizes[1]}")
     parts = ", ".join(f"{what} {size:.2f}" for what, size in gb.items())
-    print(f"GB per rank, besides activations and the KV cache: {parts}; in all {sum(gb.values()):.2f}")
+    lines.append(f"GB per rank, besides activations and KV cache: {parts}; in all {sum(gb.values()):.2f}")
+    if ranks()[0] == 0:
+        print("\n".join(lines))
     return []
 
 
@@ -1095,7 +1116,7 @@ def check_args(args):
     need(writable, f"--out {args.out}: {there} is not a folder that can be written to; choose another")
     holds_run = checkpoints(out) or any((out / name).exists() for name in ("metrics.jsonl", "final"))
     remedy = "already holds a run; continue it with --resume, or choose another folder"
-    need(args.resume or not holds_run, f"--out {args.out}: {remedy}")
+    need(args.resume or args.dry_run or not holds_run, f"--out {args.out}: {remedy}")
     need(size % world == 0, f"--batch_size {size}: must be a multiple of the {world} ranks")
     if LOSSES[args.loss][0] == "sampled":  # its expectation is over the very distribution that it scores
         needed = {"top_p": 1, "loss_temperature": args.temperature, "lmbda": 1, "updates_per_rollout": 1}

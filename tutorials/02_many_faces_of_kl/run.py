@@ -2,10 +2,12 @@
 
 There is no language model and no sampling: a student p and a teacher q over V tokens, and the exact
 expected gradient with respect to the student's logits, compared with the exact gradients of the two KLs.
+One comparison trains the toy model: policy gradient with and without a baseline.
 """
 
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -28,6 +30,12 @@ KS = (1, 2, 4, 8, 16, 32, 64)
 K = 8  # in the table and the left panel
 GRID = torch.linspace(-4, 4, 81)  # ordered tokens, for the panel on mode-seeking
 NAMES = (*opd.LOSSES, "pg_baseline")
+TRAINED = {  # what is trained with one sampled token per prefix, and the full loss for comparison
+    "pg": dict(loss="pg"),
+    "pg_baseline": dict(loss="pg", pg_baseline="kl"),
+    "pg_clip_reward": dict(loss="pg", pg_clip_reward=2.0),
+    "reverse_kl": dict(loss="reverse_kl"),
+}
 SHOWN = "reverse_kl forward_kl jsd skew_reverse_kl sg_topk tail_topk k2 k3 pg pg_baseline".split()
 cosine = torch.nn.functional.cosine_similarity
 
@@ -132,17 +140,32 @@ def fit(loss):
     return teacher.softmax(-1), (-(((GRID - bump[0]) / bump[1].exp()) ** 2)).softmax(-1).detach()
 
 
+def trained(arm, seed, smoke):
+    """One run of opd.py on the toy pair: mean held-out KL after the first evaluation, last accuracy."""
+    size = (
+        dict(steps=2, batch_size=4, eval_every=1) if smoke else dict(steps=100, batch_size=32, eval_every=25)
+    )
+    with lesson.distilled(opd, seed=seed, max_new_tokens=32, **size, **TRAINED[arm]) as (rows, _):
+        evaluations = [row for row in rows if "eval_len" in row]
+        kl = fmean(row["eval_reverse_kl"] for row in evaluations[1:])
+        norm = fmean(row["grad_norm"] for row in rows if "grad_norm" in row)
+        accuracy = evaluations[-1]["eval_accuracy"]
+    return {"loss": f"train_{arm}", "seed": seed, "kl": kl, "accuracy": accuracy, "grad_norm": norm}
+
+
 def run(smoke):
     rows = []
     for seed in range(1 if smoke else 3):
         for gap in GAPS:
             rows += one_state(seed, gap)
             rows += whole_sequences(seed, gap) if GAPS[gap] else []
-    rows = [{**row, "left": ""} for row in rows]
+    rows = [{**row, "left": "", "kl": "", "accuracy": ""} for row in rows]
     for name in ("reverse_kl", "forward_kl"):  # left: mass left of 0, at the taller mode
         left = fit(getattr(losses, name))[1][GRID < 0].sum().item()
         rows.append({**dict.fromkeys(rows[0], ""), "loss": f"fit_{name}", "left": left})
-    return rows
+    jobs = [(arm, seed, smoke) for arm in TRAINED for seed in range(1 if smoke else 3)]
+    runs = lesson.in_parallel(trained, jobs, "policy gradient")
+    return rows + [{**dict.fromkeys(rows[0], ""), **row} for row in runs]
 
 
 def of(rows, name, **where):
@@ -241,11 +264,19 @@ def tables(rows):
             for x in list(GAPS)[1:]
         ]
         gamma.append(f"| {g} | " + " | ".join(lesson.spread(x, 3) for x in cells) + " |")
+    heads = "held-out reverse KL, mean of steps 25 to 100 | accuracy at step 100 | mean gradient norm"
+    training = [f"| loss | {heads} |", "|---|---|---|---|"]
+    for arm in TRAINED:
+        runs = lesson.select(rows, loss=f"train_{arm}")
+        columns = (("kl", 3), ("accuracy", 2), ("grad_norm", 1))
+        cells = [lesson.spread([x[name] for x in runs], digits) for name, digits in columns]
+        training.append(f"| `{arm}` | " + " | ".join(cells) + " |")
     by_k = ["| loss | " + " | ".join(f"k={k}" for k in KS) + " |", "|---" * (len(KS) + 1) + "|"]
     for name in ("topk", "sg_topk", "norm_topk", "tail_topk"):
         cells = [mean(lesson.select(rows, loss=name, k=k, gap="medium"), "cos_reverse") for k in KS]
         by_k.append(f"| `{name}` | " + " | ".join(f"{x:.2f}" for x in cells) + " |")
-    return {"atlas": atlas("medium", NAMES), "large": atlas("large", SHOWN), "gamma": gamma, "by_k": by_k}
+    atlases = {"atlas": atlas("medium", NAMES), "large": atlas("large", SHOWN)}
+    return {**atlases, "gamma": gamma, "by_k": by_k, "training": training}
 
 
 if __name__ == "__main__":
