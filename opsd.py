@@ -12,7 +12,6 @@ The loop is opd.train. New here: what the teacher reads (PI), how its weights fo
 live), and what is measured about it: the four methods of SelfTeacher.
 """
 
-import math
 import re
 import string
 from dataclasses import dataclass, replace
@@ -251,9 +250,9 @@ class SelfTeacher(opd.Teacher):
         return None if self.live else path["teacher"] or path["student"]
 
     def prompt(self, tokenizer, rows, i, prompt):
-        longest = getattr(self.model.config, "max_position_embeddings", None) or math.inf
+        limit = opd.positions(self.model) - self.args.max_new_tokens
         tokenizer = self.model.tokenizer if self.args.teacher_template == "own" else tokenizer
-        return encode_teacher_prompt(tokenizer, rows, i, self.args, longest - self.args.max_new_tokens)
+        return encode_teacher_prompt(tokenizer, rows, i, self.args, limit)
 
     def begin(self, student, data, held_out, tokenizer, stop_ids):
         shapes, theirs = ([p.shape for p in model.parameters()] for model in (student, self.model))

@@ -1,20 +1,24 @@
-"""tutorials/10_read_your_own_run/read_run.py: its signatures, what it makes of odd logs, its page."""
+"""tutorials/read_run.py: its signatures on made-up and on real-model logs, odd logs, its figure.
+tutorials/view_rollouts.py: its page."""
 
-import importlib.util
+import inspect
 import json
 import re
 import shutil
 import subprocess
+import sys
 from html import unescape
 
 import pytest
 import torch
 from conftest import CHARACTERS, CHAT, ROOT, make_model, make_tokenizer, save, write_rows
 
-HERE = ROOT / "tutorials/10_read_your_own_run"
-spec = importlib.util.spec_from_file_location("read_run", HERE / "read_run.py")
-read_run = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(read_run)
+TUTORIALS = ROOT / "tutorials"
+sys.path.insert(0, str(TUTORIALS))
+
+import lesson  # noqa: E402
+import read_run  # noqa: E402
+import view_rollouts  # noqa: E402
 
 EVIL = "<script>document.title='pwned'</script>"
 CHROME = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
@@ -94,10 +98,19 @@ def test_holes_nans_and_a_single_row():
     assert names(rows[:1]) == ["mismatch"] and names(log(**HEALTHY)[:1]) == []
 
 
-def shell(capsys, *words):
+def test_the_table_in_the_docstring_is_that_of_the_functions():
+    rows = re.findall(r"^    (\w+) \*? *((?:\[?\w+\]? )+) .*?  (\d[\d ]*)$", read_run.__doc__, re.MULTILINE)
+    assert [name for name, _, _ in rows] == [signature.__name__ for signature in read_run.SIGNATURES]
+    for (_, needs, numbers), (signature, chapters) in zip(rows, read_run.SIGNATURES.items(), strict=True):
+        wanted = inspect.signature(signature).parameters.items()
+        assert needs.split() == [name if p.default is p.empty else f"[{name}]" for name, p in wanted]
+        assert numbers.split() == [str(int(chapter[:2])) for chapter in chapters.split()]
+
+
+def shell(capsys, *words, main=read_run.main):
     """main() with these words -> exit code, the lines on stdout, the lines on stderr."""
     try:
-        code = read_run.main([str(word) for word in words]) or 0
+        code = main([str(word) for word in words]) or 0
     except SystemExit as stop:
         code = stop.code
     return code, *(text.splitlines() for text in capsys.readouterr())
@@ -107,18 +120,149 @@ def test_report_of_a_run_and_of_another_programs_log(tmp_path, capsys):
     rows = log(**{**HEALTHY, "teacher_logp": (-11, -4)})
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "metrics.jsonl").write_text(text + '{"step": 51, "lo')  # the last line is being written
-    code, out, err = shell(capsys, tmp_path, "--out", tmp_path / "report.png")
+    code, out, err = shell(capsys, tmp_path, "--png", tmp_path / "report.png")
     assert code == 0 and not err and (tmp_path / "report.png").stat().st_size > 10_000
     assert out[1].startswith("FOUND since step 5: the teacher's log-prob is far below")
     assert any("tutorials/04_teacher_mismatch, tutorials/05_sft_stabilised_student" in line for line in out)
     assert any("not judged (missing: pi_gap" in line for line in out)
-    chapters = " ".join(chapters for _, chapters in read_run.SIGNATURES.values()).split()
-    assert all((HERE.parent / chapter).is_dir() for chapter in chapters)
+    chapters = " ".join(read_run.SIGNATURES.values()).split()
+    assert all((TUTORIALS / chapter).is_dir() for chapter in chapters)
     lines = [f"{row['step']},{row['student_logp']},{row['teacher_logp']}," for row in rows]
     (tmp_path / "log.csv").write_text("\n".join(["_step,train/p,train/q,note", *lines]))
     pairs = ["step=_step", "student_logp=train/p", "teacher_logp=train/q"]
-    code, out, _ = shell(capsys, tmp_path / "log.csv", "--out", tmp_path / "a.png", "--columns", *pairs)
+    code, out, _ = shell(capsys, tmp_path / "log.csv", "--png", tmp_path / "a.png", "--columns", *pairs)
     assert code == 0 and out[1].startswith("FOUND since step 5: the teacher's log-prob is far below")
+
+
+def test_the_figure_is_written_beside_the_first_log(tmp_path, capsys, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "metrics.jsonl", log(n=5, **HEALTHY))
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert shell(capsys, a, "--png", "none")[1][-1].startswith("not judged") and not list(a.glob("*.png"))
+    for words, file in (((a,), "read_run.png"), ((a, b / "metrics.jsonl"), "read_run_and_metrics.png")):
+        code, out, err = shell(capsys, *words)
+        assert code == 0 and not err and out[-1] == f"wrote {a / file}" and (a / file).stat().st_size > 10_000
+    assert sum(line.startswith("none of the 6 signatures") for line in out) == 2  # a report of each run
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    code, out, err = shell(capsys, a)
+    assert code == 0 and out[1].startswith("none of") and len(err) == 1 and "pip install" in err[0]
+
+
+def figure_of(*runs):
+    """-> the figure of read_run for these logs, {title: panel}."""
+    figure = read_run.draw(runs, ["one", "two"][: len(runs)])
+    figure.canvas.draw()
+    return figure, {panel.get_title("left"): panel for panel in figure.axes}
+
+
+def labels(panels):
+    return {text.get_text() for panel in panels.values() for text in panel.texts}
+
+
+def test_panels_of_what_is_logged_and_thresholds_of_what_can_be_judged():
+    thirds = {f"eval_reverse_kl{x}": (0.3, 0.1) for x in ("", "_first", "_middle", "_last")}
+    both = {"below: mass_leak", "above: loops", "below: entropy_collapse"}
+    no_pi = {"above: no_direction", "below: mismatch", "below: teacher_collapse"}
+    for columns, n_panels, shown in (
+        ({"loss": (1, 0)}, 1, set()),
+        (HEALTHY, 7, both | no_pi),
+        ({**HEALTHY, **thirds}, 8, both | no_pi),
+        (WITH_PI, 9, both | {"below: pi_without_accuracy"}),
+    ):
+        _, panels = figure_of(log(**columns))
+        assert len(panels) == n_panels and set(panels) <= set(read_run.PANELS)
+        assert {text for text in labels(panels) if ": " in text} == shown
+    unjudged = read_run.diagnose(log(**WITH_PI))[1]  # with PI, although no column is missing
+    assert unjudged == {read_run.no_direction: [], read_run.mismatch: [], read_run.teacher_collapse: []}
+    _, panels = figure_of(log(**{**HEALTHY, "student_mass": (0.9, 0.9)}))
+    threshold = panels["probability of the top k tokens"].lines[1]
+    assert threshold.get_ydata() == pytest.approx([0.8, 0.8]) and threshold.get_linestyle() == "--"
+
+
+def test_text_of_the_figure_is_legible_and_labels_do_not_overlap():
+    """At a width of 800 pixels every letter is at least 9 pixels high, for one run and for two."""
+    thirds = {f"eval_reverse_kl{x}": (0.3, 0.1) for x in ("", "_first", "_middle", "_last")}
+    rows = log(**{**WITH_PI, **thirds, "teacher_mass": (0.9, 0.9), "truncated": (0, 0)})
+    for runs in ((rows,), (rows, rows[:20])):
+        figure, panels = figure_of(*runs)
+        texts = [text for panel in figure.axes for text in (*panel.texts, panel._left_title, panel.title)]
+        texts += [*figure.texts, *(x for panel in figure.axes for x in panel.get_xticklabels())]
+        width = figure.get_size_inches()[0] * 72
+        assert min(text.get_fontsize() for text in texts) * 800 / width >= 9
+        for panel in panels.values():
+            heights = sorted(x.get_window_extent().y0 for x in panel.texts if x.get_position()[0] > 1)
+            size = 0.09 * panel.get_window_extent().height
+            assert all(b - a > size for a, b in zip(heights, heights[1:], strict=False))
+        a, b = ({x.get_text() for x in panel.texts} for panel in list(panels.values())[:2])
+        assert len(runs) == 1 or ({"A loss", "B loss"} <= a and {"A student", "B teacher"} <= b)
+
+
+REAL = {"loss": "value", "student_entropy": "entropy", "student_mass": "mass"}  # names in chapter 3's CSV
+
+
+def real_log(tmp_path, rows, **pairs):
+    """Rows of a chapter's CSV, read by read_run as the log of another program."""
+    lesson.write_csv(tmp_path / "log.csv", rows)
+    return read_run.read(tmp_path / "log.csv", [f"{ours}={theirs}" for ours, theirs in pairs.items()])
+
+
+@pytest.mark.parametrize(
+    "part,loss,found,early",
+    [  # the finding at the end of 8 steps (2 for the last); in each seed, the steps at which it is there
+        ("real", "topk", ["mass_leak"], ([5, 6, 7, 8], [7, 8], [6, 7, 8])),
+        ("damaged", "sg_topk", ["mass_leak"], ([5, 6, 7, 8], [3, 5, 6, 7, 8], [7, 8])),
+        # False alarms at these steps: its true KL falls, and at the end its mass is within 0.1 of the start.
+        ("damaged", "tail_topk", [], ([5, 7], [2, 3], [7])),
+        ("damaged", "reverse_kl", [], ([], [], [])),
+        ("real", "sg_topk", [], ([], [], [])),
+    ],
+)
+def test_chapter_3_real_model_logs(part, loss, found, early, tmp_path):
+    """SmolLM2. The thresholds, chosen on the toy, were not changed for these logs or those of chapter 7."""
+    rows = lesson.read_csv(TUTORIALS / "03_biased_topk/metrics.csv")
+    for seed, steps in enumerate(early):
+        rows_of_run = real_log(tmp_path, lesson.select(rows, part=part, loss=loss, seed=seed), **REAL)
+        assert len(rows_of_run) == (2 if (part, loss) == ("real", "sg_topk") else 8)
+        assert names(rows_of_run) == found
+        missing = read_run.diagnose(rows_of_run)[1]  # the CSV has what one signature of the seven needs
+        assert [s for s in read_run.SIGNATURES if s not in missing] == [read_run.mass_leak]
+        assert [n for n in range(1, len(rows_of_run) + 1) if names(rows_of_run[:n])] == steps
+
+
+def test_chapter_3_margins(tmp_path):
+    """Decreases of student_mass in the runs with and without the finding: the threshold is 0.1."""
+    rows, drops = lesson.read_csv(TUTORIALS / "03_biased_topk/metrics.csv"), {True: [], False: []}
+    for run in {(r["part"], r["loss"], r["seed"]) for r in rows if r["part"] in ("real", "damaged")}:
+        log = lesson.select(rows, **dict(zip(("part", "loss", "seed"), run, strict=True)))
+        drops[run[:2] in (("real", "topk"), ("damaged", "sg_topk"))].append(log[0]["mass"] - log[-1]["mass"])
+    assert [len(x) for x in drops.values()] == [6, 9]
+    assert min(drops[True]) == pytest.approx(0.139) and max(drops[True]) == pytest.approx(0.3269)
+    assert max(drops[False]) == pytest.approx(0.0859)
+
+
+@pytest.mark.parametrize("rule,seed", [("french", 0), ("french", 1), ("french", 2), ("short", 0)])
+def test_chapter_7_real_model_logs(rule, seed, tmp_path):
+    """SmolLM2. Its CSV has the KL on held-out prompts and the share of answers that follow the rule."""
+    rows = lesson.read_csv(TUTORIALS / "07_shared_rule/metrics.csv")
+    rows = lesson.select(rows, part="real", rule=rule)
+    kls = [r for r in rows if r["kl"] != "" and r["seed"] == seed]
+    whose = {"before": 0, "told": 0, "after": seed}  # the untrained model was sampled once
+    before, told, after = (lesson.take(rows, f"only score where who={w} seed={n}") for w, n in whose.items())
+    log = [{"step": r["step"], "kl": r["kl"], "score": s} for r, s in zip(kls, (before, after), strict=True)]
+    # As it is, no signature can be judged.
+    plain = real_log(tmp_path, log, eval_reverse_kl="kl")
+    assert list(read_run.diagnose(plain)[1]) == list(read_run.SIGNATURES) and not names(plain)
+    # -KL is the expectation of pi_gap, and the share stands for accuracy: all four runs work, none is found.
+    log = [{**row, "told": told} for row in log]
+    pairs = {"pi_gap": "kl", "eval_accuracy": "score", "eval_with_pi_accuracy": "told"}
+    assert names(real_log(tmp_path, log, **pairs)) == []
+    # A student that does not change would be found for french. For short it would be missed: at 0.09 nats the
+    # effect of the whole system prompt is below the threshold of 0.1.
+    log[-1]["score"] = before
+    assert names(real_log(tmp_path, log, **pairs)) == (["pi_without_accuracy"] if rule == "french" else [])
 
 
 BAD = [  # what the log holds, further flags, words of the one line that is to come
@@ -129,24 +273,37 @@ BAD = [  # what the log holds, further flags, words of the one line that is to c
     ('{"train/loss": 1}\n', "", "it has train/loss; name one, e.g. --columns loss=train/loss"),
     ('{"train/loss": 1}\n', "--columns loss=train/los", "the nearest are train/loss"),
     ('{"train/loss": 1}\n', "--columns los=train/loss", "OURS is one of step loss"),
-    ('{"loss": 1}\n', "--out no/x.png", "no/x.png: not a file in a folder"),
-    ('{"loss": 1}\n', "--out x.nonsense", "x.nonsense"),
+    ('{"loss": 1}\n', "--png no/x.png", "no/x.png: not a file in a folder"),
+    ('{"loss": 1}\n', "--png x.nonsense", "x.nonsense"),
     ('{"loss": 1}\n', "--colums loss=a", "--colums"),
-    ('{"loss": 1}\n', "--rollouts a b c", "either a log, or --rollouts"),
+    ('{"loss": 1}\n', "a b", "unrecognized arguments: b"),  # two logs at most
+    ('{"loss": 1}\n', "no.jsonl", "no.jsonl: cannot be read"),  # the second
+    ('{"loss": 1}\n', "--rollouts a b c", "--rollouts"),  # view_rollouts.py now
     (None, "", "log.jsonl: cannot be read"),
-    (None, "--n 0 --rollouts a b c", "--n of at least 1"),
-    (None, "--rollouts STUDENT no/model DATA", "--teacher no/model"),
-    (None, "--rollouts STUDENT STUDENT no.jsonl", "--rollouts no.jsonl"),
+]
+BAD_PAGE = [
+    ("", "required: STUDENT, TEACHER, DATA"),
+    ("a b c --n 0", "--n of at least 1"),
+    ("a b c --out no/x.html", "no/x.html: not a file in a folder"),
+    ("STUDENT no/model DATA", "--teacher no/model"),
+    ("STUDENT STUDENT no.jsonl", "--data no.jsonl"),
 ]
 
 
 @pytest.mark.parametrize("text,flags,words", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(text, flags, words, tiny, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_and_exit_code_2(text, flags, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if text is not None:
         (tmp_path / "log.jsonl").write_text(text)
+    code, _, err = shell(capsys, "log.jsonl", *flags.split())
+    assert code == 2 and len(err) == 1 and words in err[0]
+
+
+@pytest.mark.parametrize("flags,words", BAD_PAGE)
+def test_bad_input_of_the_page_is_one_line_and_exit_code_2(flags, words, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     flags = flags.replace("STUDENT", tiny["student"]).replace("DATA", tiny["data"]).split()
-    code, _, err = shell(capsys, *(["log.jsonl"] if text is not None or not flags else []), *flags)
+    code, _, err = shell(capsys, *flags, main=view_rollouts.main)
     assert code == 2 and len(err) == 1 and words in err[0]
 
 
@@ -159,7 +316,7 @@ def page(tmp_path_factory):
     paths = [save(folder / str(i), model, tokenizer) for i, model in enumerate(models)]
     prompts = [[{"role": "user", "content": EVIL}], f"raw {EVIL} &amp;", "1+1="]
     data = write_rows(folder / "data.jsonl", [{"prompt": prompt} for prompt in prompts])
-    read_run.main(["--rollouts", *paths, data, "--out", str(folder / "page.html"), "--max_new_tokens", "60"])
+    view_rollouts.main([*paths, data, "--out", str(folder / "page.html"), "--max_new_tokens", "60"])
     return folder / "page.html", *models, tokenizer
 
 

@@ -39,7 +39,10 @@ INVALID = {  # flag -> values that no run can use
         for flag in "temperature loss_temperature lr ratio_clip".split()
     },
     **{flag: ("-0.1", "1.1", "nan", "?") for flag in "gamma lmbda".split()},
-    **{flag: ("0", "1", "-1", "nan", "1.5") for flag in "beta alpha".split()},
+    **{flag: ("0", "1", "-1", "nan", "1.5") for flag in "beta alpha mu".split()},
+    **{"kl_weight": ("-0.1", "1.1", "nan"), "tau": ("-1", "nan"), "eta": ("-1", "inf")},
+    **{"pg_baseline": ("mean", ""), "pg_clip_reward": ("0", "-1", "nan"), "show_samples": ("-1", "9", "x")},
+    **{"chat_template_kwargs": ("{", "[]", "1"), "teacher_template": ("mine", ""), "dry_run": ("maybe",)},
     **{
         "top_p": ("0", "1.1", "nan", "-0.5"),
         "max_grad_norm": ("0", "-1", "nan"),
@@ -68,6 +71,15 @@ def valid(rng):
         "topk": rng.choice((1, 2, 5, 20, 40)),
         "beta": rng.uniform(0.01, 0.99),
         "alpha": rng.uniform(0.01, 0.99),
+        "kl_weight": rng.random(),
+        "mu": rng.uniform(0.01, 0.99),
+        "tau": rng.uniform(0, 4),
+        "eta": rng.uniform(0, 2),
+        "pg_baseline": rng.choice(("none", "kl")),
+        "pg_clip_reward": rng.choice((0.5, 5.0)),
+        "teacher_template": rng.choice(("student", "own")),
+        "chat_template_kwargs": '{"enable_thinking": false}',
+        "show_samples": rng.randint(0, 2),
         "gamma": rng.choice((0, 0.5, 1)),
         "temperature": temperature,
         "loss_temperature": temperature if sampled else rng.choice((0.5, 1.0, 2.0)),
@@ -144,7 +156,11 @@ def run(kind, number, seed, paths, folder):
     finally:
         sys.argv = argv
     if kind == "invalid":
-        lines = [line for line in said.getvalue().splitlines() if "step/s" not in line and line.strip()]
+        lines = [
+            line
+            for line in said.getvalue().splitlines()
+            if "step/s" not in line and "s/step" not in line and line.strip()
+        ]
         good = code == 2 and len(lines) == 1 and not out.exists() and (flag in lines[0])
         return None if good else f"--{flag} {flags[flag]!r}: exit code {code}, {lines[-3:]}"
     if code:

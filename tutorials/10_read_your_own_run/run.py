@@ -41,7 +41,10 @@ ARMS = {  # script, what is different, the same in words, the signature that is 
     "no_end": (opd, {"teacher": "no_end"}, "a teacher without an end token", "loops"),
     "answer": (opsd, {"pi": "answer"}, "`opsd.py --pi answer`", "pi_without_accuracy"),
 }
-METRICS = [name for name in read_run.COLUMNS if name not in ("step", "forward_kl", "overlap", "teacher_mass")]
+METRICS = (
+    "loss reverse_kl student_mass student_logp teacher_logp student_entropy teacher_entropy completion_len "
+    "repetition truncated eval_accuracy eval_with_pi_accuracy pi_gap grad_norm"
+).split()
 NAMES = [signature.__name__ for signature in read_run.SIGNATURES]
 
 
