@@ -773,7 +773,6 @@ def load_model(path, flag, dtype, device):
 
 def load_pair(student_path, teacher_path, args, device):
     """-> student, teacher, tokenizer, stop_ids; refuses models that cannot score the same tokens."""
-    torch.backends.cuda.matmul.allow_tf32 = False  # in the checks; TF32 has bfloat16's rounding
     # A bfloat16 weight would swallow every update smaller than its 256th part: the student's are float32.
     tokenizer, student = load_model(student_path, "student", torch.float32, device)
     teacher_tokenizer, teacher = tokenizer, student
@@ -801,7 +800,6 @@ def load_pair(student_path, teacher_path, args, device):
         # learns an end from its teacher that is not in this list would never stop.
         ends = model.generation_config.eos_token_id if model.generation_config else None
         stop_ids |= set(ends) if isinstance(ends, list | tuple) else {ends}
-    torch.backends.cuda.matmul.allow_tf32 = True
     return student, teacher, tokenizer, sorted(i for i in stop_ids if i is not None and i < vocab)
 
 

@@ -211,9 +211,8 @@ def drift_anchors(teacher, teacher_prompts, stop_ids, args, limit=256):
 
     Kept in place of its weights, so that a live teacher needs no second copy of the model. N <= limit.
     """
-    rollouts = opd.sample(
-        teacher, teacher_prompts[:8], 1, stop_ids, (~args.seed, 1), range(8), args.max_new_tokens
-    )
+    prompts, key = teacher_prompts[:8], (~args.seed, 1)
+    rollouts = opd.sample(teacher, prompts, 1, stop_ids, key, range(len(prompts)), args.max_new_tokens)
     kept, tokens = [], 0
     for r in rollouts:
         r.completion = r.completion[: limit - tokens]

@@ -818,6 +818,14 @@ def test_drift_is_nothing_at_the_start_and_measured_on_few_tokens():
         assert opsd.teacher_drift(make_model(1), anchors) > 0.1
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("kind", ["ema", "live", "refreshed"])
+def test_drift_is_measured_on_data_of_few_rows(rows, kind, run, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", RAW[:1] * rows)
+    found = run(pi="solution", data=data, **TEACHERS[kind], steps=2, eval_every=1)
+    assert found[-1]["teacher_drift"] >= 0
+
+
 # ------------------------------------------------------------------------------------------------- evaluation
 
 
