@@ -1,4 +1,5 @@
-"""One rank and two on this machine with the same global batch: seconds per step, and the share of all-reduce.
+"""One rank and two on this machine with the same global batch: seconds per step, and those of summing the
+gradients, in opd.py's buckets and with one call for each parameter.
 
     python tests/bench/scaling.py smollm2               # the folder built by tutorials/smollm2.py
 
@@ -26,13 +27,17 @@ def rank():
     """opd.py with a timer around every all-reduce; rank 0 prints one line per step."""
     import opd
 
-    spent, begin, all_reduce, batch_of, record = [0.0], [0.0], opd.all_reduce, opd.batch_of, opd.record
+    spent, begin, batch_of, record = [0.0], [0.0], opd.batch_of, opd.record
+    buckets = opd.sum_gradients
 
-    def timed(tensor):
+    def one_by_one(gradients):
+        for gradient in gradients:
+            opd.all_reduce(gradient)
+
+    def timed(gradients):
         start = time.perf_counter()
-        result = all_reduce(tensor)
+        (one_by_one if os.environ["SCALING_RANK"] == "one by one" else buckets)(gradients)
         spent[0] += time.perf_counter() - start
-        return result
 
     def started(*inputs):
         begin[0], spent[0] = time.perf_counter(), 0.0
@@ -42,13 +47,13 @@ def rank():
         record(history, row, out)
         if opd.ranks()[0] == 0:
             total = time.perf_counter() - begin[0]
-            print("ROW " + json.dumps({"s": total, "all_reduce_s": spent[0], "tokens": row["tokens"]}))
+            print("ROW " + json.dumps({"s": total, "sum_s": spent[0], "tokens": row["tokens"]}))
 
-    opd.all_reduce, opd.batch_of, opd.record = timed, started, told
+    opd.sum_gradients, opd.batch_of, opd.record = timed, started, told
     opd.main()
 
 
-def measure(args, ranks):
+def measure(args, ranks, how):
     with tempfile.TemporaryDirectory() as out:
         flags = {name: f"{args.folder}/{name}" for name in ("student", "teacher")}
         flags |= {"data": f"{args.folder}/train.jsonl", "out": f"{out}/run", "loss": "reverse_kl", "lr": 1e-5}
@@ -57,7 +62,7 @@ def measure(args, ranks):
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         threads = str(max(1, os.cpu_count() // ranks))
-        environment = {**os.environ, "SCALING_RANK": "1", "OMP_NUM_THREADS": threads}
+        environment = {**os.environ, "SCALING_RANK": how, "OMP_NUM_THREADS": threads}
         command = [*launch, str(ranks), __file__, *words]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     rows = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith("ROW ")][1:]
@@ -90,12 +95,10 @@ def main():
     parser.add_argument("--new_tokens", type=positive, default=32)
     parser.add_argument("--steps", type=positive, default=5)
     args = parser.parse_args()
-    print("| ranks | s per step | s in all-reduce | share |\n|---|---|---|---|")
-    for ranks in (1, 2):
-        row = measure(args, ranks)
-        print(
-            f"| {ranks} | {row['s']:.1f} | {row['all_reduce_s']:.2f} | {row['all_reduce_s'] / row['s']:.0%} |"
-        )
+    print("| ranks | gradients | s per step | s summing gradients |\n|---|---|---|---|", flush=True)
+    for ranks, how in ((1, "buckets"), (2, "buckets"), (2, "one by one")):
+        row = measure(args, ranks, how)
+        print(f"| {ranks} | {how} | {row['s']:.1f} | {row['sum_s']:.2f} |", flush=True)
     print("\nEstimated GB per GPU; student 1.7 B (28 layers, width 2,048, 8 KV heads of 128), teacher 8.2 B:")
     parts = estimate(1.7, 8.2)
     for name, size in parts.items():
