@@ -64,7 +64,9 @@ class Args:
     data: str = arg("toy", "prompts: .jsonl, .json, .parquet, a folder saved by datasets, a hub name; or toy")
     eval_data: str | None = arg(None, "held-out prompts, with a column answer; toy data brings its own")
     chat_template_kwargs: str | None = arg(None, 'for chat templates, as JSON: {"enable_thinking": false}')
-    teacher_template: str = arg("student", "own: the teacher reads its own chat template", "student|own")
+    teacher_template: str = arg(
+        "student", "whose chat template the teacher reads; own: it was tuned on another format", "student|own"
+    )
     max_prompt_tokens: int = arg(256, "a longer prompt is an error; prompts are never truncated", "[1,inf)")
     max_new_tokens: int = arg(256, "a completion is truncated at this length", "[1,inf)")
     loss: str = arg("sg_topk", "one of the losses listed at the end", group="loss")
