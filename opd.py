@@ -468,7 +468,7 @@ def update(student, teacher, rollouts, teacher_prompts, loss, optimizer, args, s
         seconds = {name: seconds.get(name, 0) + spent[name] for name in spent}
     # Data parallel (DDP): each rank has backpropagated its share of one global mean, so gradients add up.
     parameters = [p for p in student.parameters() if p.grad is not None]
-    sum_gradients([p.grad for p in parameters])
+    all_reduce(*(p.grad for p in parameters))
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
     means = dict(zip(TOKEN_METRICS, (all_reduce(sums) / total_tokens).tolist(), strict=True))
     check_finite(means, grad_norm, step, args)
@@ -481,27 +481,25 @@ def evaluate(student, teacher, examples, tokenizer, stop_ids, args):
     completions and of each third; and the first 8 rollouts as text. The random numbers are the same every
     time: two evaluations differ by the weights alone."""
     n, (rank, world), limits = args.eval_samples, ranks(), (args.max_new_tokens, args.temperature, args.top_p)
-    sums, samples, mine = torch.zeros(11, dtype=torch.float64), {}, range(rank, len(examples), world)
+    found, key, mine = [], (~args.seed, 0), range(rank, len(examples), world)
     group = max(1, args.batch_size * args.samples_per_prompt // world // n)  # no more rows than in training
     for which in (mine[i : i + group] for i in range(0, len(mine), group)):
-        asked, kls = [examples[i] for i in which for _ in range(n)], []  # of each rollout
-        prompts = [x.prompt for x in asked[::n]]
-        rollouts = sample(student, prompts, n, stop_ids, (~args.seed, 0), which, *limits)
+        rollouts = sample(student, [examples[i].prompt for i in which], n, stop_ids, key, which, *limits)
+        rows = [(i, examples[i]) for i in which for _ in range(n)]  # of each rollout
+        kls = [torch.empty(0)] * len(rollouts)  # [T] of each
         for k in range(0, len(rollouts) if teacher else 0, args.micro_batch_size):
             micro = slice(k, k + args.micro_batch_size)
-            inputs = (rollouts[micro], [x.teacher_prompt for x in asked[micro]], LOSSES["reverse_kl"])
+            inputs = (rollouts[micro], [x.teacher_prompt for _, x in rows[micro]], LOSSES["reverse_kl"])
             metrics, _ = distill(student, teacher, *inputs, args, None)  # [10,N]
-            kls += metrics[1].cpu().split([len(r.completion) for r in rollouts[micro]])  # [T] of each
-        some, shown = tally(which, rollouts, asked, kls, n, tokenizer)
-        sums, samples = sums + some, {**samples, **shown}
-    return scores(all_reduce(sums.to(student.device)).tolist()), gather(samples)
+            kls[micro] = metrics[1].cpu().split([len(r.completion) for r in rollouts[micro]])
+        found += [grade(*row, r, kl, tokenizer) for row, r, kl in zip(rows, rollouts, kls, strict=True)]
+    found = gather(found)  # of all ranks
+    return scores(found, n), [sample for row, *_, sample in found[::n] if row < 8]
 
 
 # ============================================================================================================
 # Part 2: what a run needs
 # ============================================================================================================
-
-
 def ranks():
     """-> rank and number of ranks, as torchrun says; one process alone is rank 0 of 1."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -530,35 +528,20 @@ def set_up(args):
     return args, device
 
 
-def all_reduce(tensor):
-    """Sum over ranks, in place; each rank waits here for the others. With one process nothing happens."""
+def all_reduce(*tensors):
+    """Sum over ranks, in place, all tensors in flight at once; each rank waits here -> the first tensor."""
     if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def sum_gradients(gradients, size=2**25):
-    """Sum over ranks, in place, in buckets of up to 128 MB: a call for each of many tensors costs latency.
-    torch's DistributedDataParallel would do so too, but expects one backward through the model per step."""
-    buckets = [[]]
-    for gradient in gradients if dist.is_initialized() else ():
-        if buckets[-1] and sum(x.numel() for x in buckets[-1]) + gradient.numel() > size:
-            buckets.append([])
-        buckets[-1].append(gradient)
-    for bucket in filter(None, buckets):
-        summed = all_reduce(torch.cat([x.flatten() for x in bucket])).split([x.numel() for x in bucket])
-        for gradient, part in zip(bucket, summed, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            work.wait()
+    return tensors[0]
 
 
 def gather(entries):
-    """The entries of all ranks, each key of one rank only, in order of their keys."""
-    parts, merged = [entries] * ranks()[1], {}
+    """The entries of all ranks in one list, by their first item."""
+    parts = [entries] * ranks()[1]
     if dist.is_initialized():
         dist.all_gather_object(parts, entries)
-    for part in parts:
-        merged.update(part)
-    return dict(sorted(merged.items()))
+    return sorted((entry for part in parts for entry in part), key=lambda entry: entry[0])
 
 
 @contextlib.contextmanager
@@ -631,15 +614,19 @@ class Examples:
         columns = ["prompt", *["answer"] * (flag == "eval_data"), *teacher.columns]
         self.rows, self.where = load_rows(path[flag], flag, columns), f"--{flag} {path[flag]}"
         self.tokenizer, self.teacher, self.limit = tokenizer, teacher, args.max_prompt_tokens
-        first = range(min(len(self), 1000))
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        held = [i for i in first if self[i] and any(token in texts(self.rows[i]) for token in specials)]
-        if held and ranks()[0] == 0:
-            why = "they become control tokens, and may end a turn early on one side only"
+        held, first = [], range(min(len(self), 1000))
+        for i in first:
+            row = self[i] and self.rows[i]
+            chat = row["prompt"] if isinstance(row["prompt"], list) else ""  # a raw prompt may hold them
+            text = str([chat, *map(row.get, ("answer", "solution", "privileged"))])
+            held += [i] * any(token in text for token in specials)
+        if held:
             many = (
                 f"{len(held)} of the first {len(first)} rows hold special tokens as text, row {held[0]} first"
             )
-            print(f"{self.where}: {many}; {why}", file=sys.stderr)
+            why = "they become control tokens, and may end a turn early on one side only"
+            say(f"{self.where}: {many}; {why}", sys.stderr)
 
     def __len__(self):
         return len(self.rows)
@@ -652,12 +639,6 @@ class Examples:
             prompt = encode_prompt(self.tokenizer, row["prompt"], self.limit)
             teacher_prompt = self.teacher.prompt(self.tokenizer, self.rows, i, prompt)
         return Example(prompt, teacher_prompt, "" if row.get("answer") is None else str(row["answer"]))
-
-
-def texts(row):
-    """The text of a row that goes into a chat or PI template; a raw prompt may hold special tokens."""
-    chat = [message["content"] for message in row["prompt"]] if isinstance(row["prompt"], list) else []
-    return " ".join(map(str, [*chat, row.get("answer"), row.get("solution"), row.get("privileged")]))
 
 
 def encode_prompt(tokenizer, prompt, limit=math.inf):
@@ -710,52 +691,40 @@ def extract_answer(text, otherwise=None):
 
 def is_correct(completion, answer):
     """Whether a completion gives the answer: as numbers if both are ("$1,024.0" = "1024"), else as words."""
-
-    def normal(text):
-        words = re.sub(r"[$,]", "", text).strip().rstrip(".").lower()
-        with contextlib.suppress(ValueError):
-            return float(words)
-        return words
-
-    found = extract_answer(completion)
-    return found is not None and normal(found) == normal(extract_answer(answer, otherwise=answer))
+    pair = extract_answer(completion), extract_answer(answer, otherwise=answer)
+    ours, theirs = (re.sub(r"[$,]", "", x or "").strip().rstrip(".").lower() for x in pair)
+    with contextlib.suppress(ValueError):
+        return float(ours) == float(theirs)
+    return pair[0] is not None and ours == theirs
 
 
-def tally(which, rollouts, asked, kls, n, tokenizer):
-    """What evaluate counts in rollouts, n of each row: sums [11], and samples of rows 0 to 7. Sums: right,
-    passed, asked, rollouts, tokens; KL of the first, middle and last third; tokens of these."""
-    texts = tokenizer.batch_decode([r.completion for r in rollouts], skip_special_tokens=True)
-    right = [x.answer != "" and is_correct(y, x.answer) for x, y in zip(asked, texts, strict=True)]
-    passed = sum(any(right[i : i + n]) for i in range(0, len(right), n))
-    counts = [sum(right) / n, passed, sum(x.answer != "" for x in asked) / n, len(rollouts)]
-    counts.append(sum(len(r.completion) for r in rollouts))
-    thirds = [torch.tensor_split(kl, 3) for kl in kls]
-    counts += [sum(third[k].sum().item() for third in thirds) for k in range(3)]
-    counts += [sum(len(third[k]) for third in thirds) for k in range(3)]
-    samples = {}
-    for k, i in enumerate(which):
-        if i < 8:  # the first of the n completions
-            r, x = rollouts[k * n], asked[k * n]
-            read = {"prompt": tokenizer.decode(x.prompt)}
-            if x.teacher_prompt != x.prompt:
-                read["teacher_prompt"] = tokenizer.decode(x.teacher_prompt)
-            samples[i] = {**read, "completion": tokenizer.decode(r.completion), "answer": x.answer}
-            samples[i]["right"] = right[k * n] if x.answer else None
-            if kls:
-                samples[i].update(mean_kl=kls[k * n].mean().item(), max_kl=kls[k * n].max().item())
-    return torch.tensor(counts, dtype=torch.float64), samples
+def grade(row, example, rollout, kl, tokenizer):
+    """-> what evaluate counts of one rollout, and the sample it makes; kl: of each of its tokens, [T]."""
+    completion = tokenizer.decode(rollout.completion, skip_special_tokens=True)
+    right = is_correct(completion, example.answer) if example.answer else None
+    thirds = [(kl.sum().item(), len(kl)), *((x.sum().item(), len(x)) for x in kl.tensor_split(3))]
+    read = {"prompt": example.prompt, "teacher_prompt": example.teacher_prompt}
+    if example.teacher_prompt == example.prompt:
+        del read["teacher_prompt"]
+    ids = {**read, "completion": rollout.completion} if row < 8 else {}  # only they are kept as text
+    kls = {"mean_kl": kl.mean().item(), "max_kl": kl.max().item()} if len(kl) else {}
+    sample = {"row": row, **{name: tokenizer.decode(x) for name, x in ids.items()}}
+    sample.update(answer=example.answer, right=right, **kls)
+    return row, right, len(rollout.completion), thirds, sample
 
 
-def scores(sums):
-    """The metrics of an evaluation, from tally's sums over all ranks."""
-    right, passed, asked, rows, tokens, *kls = sums
-    found = {"eval_accuracy": right / asked, "eval_pass": passed / asked} if asked else {}
-    if any(kls[3:]):
-        found["eval_reverse_kl"] = sum(kls[:3]) / sum(kls[3:])
-    for k, name in enumerate(("first", "middle", "last")):
-        if kls[3 + k]:  # a completion of one token has a first third only
-            found[f"eval_reverse_kl_{name}"] = kls[k] / kls[3 + k]
-    return {**found, "eval_len": tokens / rows}
+def scores(found, n):
+    """The metrics of an evaluation from what grade returned, n for each row, over all ranks."""
+    right, metrics = [x[1] for x in found if x[1] is not None], {}
+    if right:
+        passed = [any(right[i : i + n]) for i in range(0, len(right), n)]
+        metrics = {"eval_accuracy": sum(right) / len(right), "eval_pass": sum(passed) / len(passed)}
+    names = ("eval_reverse_kl", "eval_reverse_kl_first", "eval_reverse_kl_middle", "eval_reverse_kl_last")
+    kls = torch.tensor([x[3] for x in found], dtype=torch.float64).sum(0)  # [4,2]: their sum, and of how many
+    for name, (total, count) in zip(names, kls.tolist(), strict=True):
+        if count:  # a completion of one token has a first third only
+            metrics[name] = total / count
+    return {**metrics, "eval_len": sum(x[2] for x in found) / len(found)}
 
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -777,19 +746,18 @@ def load_pair(student_path, teacher_path, args, device):
     """-> student, teacher, tokenizer, stop_ids; refuses models that cannot score the same tokens."""
     # A bfloat16 weight would swallow every update smaller than its 256th part: the student's are float32.
     tokenizer, student = load_model(student_path, "student", torch.float32, device)
-    teacher_tokenizer, teacher = tokenizer, student
+    teacher = student
     if teacher_path:  # None: the student is its own teacher, in one copy
-        teacher_tokenizer, teacher = load_model(teacher_path, "teacher", getattr(torch, args.dtype), device)
+        _, teacher = load_model(teacher_path, "teacher", getattr(torch, args.dtype), device)
         teacher.requires_grad_(False)
         teacher.get_output_embeddings().float()  # logits are made in float32: see project
-    for t in (tokenizer, teacher_tokenizer):
-        t.apply_chat_template = functools.partial(t.apply_chat_template, **template_kwargs(args))
-    ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in (tokenizer, teacher_tokenizer))
+    tokenizers = tokenizer, teacher.tokenizer
+    ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in tokenizers)
     i = min((i for i in {*ours, *theirs} if ours.get(i) != theirs.get(i)), default=0)  # where they part
     differs = f"token {i} is {theirs.get(i)!r} here, {ours.get(i)!r} in --student {args.student}"
     remedy = "choose two models of one family"
     need(ours == theirs, f"--teacher {args.teacher}: not the student's tokenizer: {differs}; {remedy}")
-    vocab, stop_ids = max(ours) + 1, {tokenizer.eos_token_id, teacher_tokenizer.eos_token_id}
+    vocab, stop_ids = max(ours) + 1, {t.eos_token_id for t in tokenizers}
     need(args.topk <= vocab, f"--topk {args.topk}: must be in 1..{vocab}, the size of the vocabulary")
     for flag, model in (("student", student), ("teacher", teacher)):
         where = f"--{flag} {getattr(args, flag)}"
@@ -802,16 +770,9 @@ def load_pair(student_path, teacher_path, args, device):
         # learns an end from its teacher that is not in this list would never stop.
         ends = model.generation_config.eos_token_id if model.generation_config else None
         stop_ids |= set(ends) if isinstance(ends, list | tuple) else {ends}
+        template, options = model.tokenizer.apply_chat_template, json.loads(args.chat_template_kwargs or "{}")
+        model.tokenizer.apply_chat_template = functools.partial(template, **options)
     return student, teacher, tokenizer, sorted(i for i in stop_ids if i is not None and i < vocab)
-
-
-def template_kwargs(args):
-    """--chat_template_kwargs as a dict; protects from what is no JSON object."""
-    text = args.chat_template_kwargs
-    with blame(f"--chat_template_kwargs {text}", "not a JSON object", 'write {"enable_thinking": false}'):
-        found = json.loads(text or "{}")
-        need(isinstance(found, dict), 'not a JSON object; write {"enable_thinking": false}')
-    return found
 
 
 def positions(model):
@@ -923,15 +884,10 @@ def checkpoints(out):
     return sorted(Path(out).glob("step_" + "[0-9]" * 6), reverse=True)
 
 
-# What a resumed run may change: nothing that enters the arithmetic of a step already taken.
-FREE_ON_RESUME = "out eval_data eval_every eval_samples save_every keep resume device micro_batch_size"
-FREE_ON_RESUME = {
-    *FREE_ON_RESUME.split(),
-    "chunk_tokens",
-    "gradient_checkpointing",
-    "show_samples",
-    "dry_run",
-}
+FREE_ON_RESUME = (  # what a resumed run may change: nothing that enters the arithmetic of steps already taken
+    "out eval_data eval_every eval_samples save_every keep resume device micro_batch_size "
+    "chunk_tokens gradient_checkpointing show_samples dry_run"
+).split()
 
 
 def resume(student, teacher, optimizer, args):
@@ -945,12 +901,13 @@ def resume(student, teacher, optimizer, args):
                 raise ValueError("of another step, or without moments")
             weights = load_model(folder, "out", torch.float32, "cpu")[1].state_dict()
         except Exception as error:  # whatever a torn file makes its reader raise
-            if ranks()[0] == 0:
-                why = f"not a whole checkpoint ({type(error).__name__}); trying the one before"
-                print(f"{folder}: {why}", file=sys.stderr)
+            say(
+                f"{folder}: not a whole checkpoint ({type(error).__name__}); trying the one before",
+                file=sys.stderr,
+            )
             continue
-        free = FREE_ON_RESUME | ({"steps"} if args.lr_schedule == "constant" else set())
-        for name in sorted(set(made_with) ^ set(asdict(args)) | set(made_with) - free):
+        free = [*FREE_ON_RESUME, *["steps"] * (args.lr_schedule == "constant")]
+        for name in sorted({*made_with, *asdict(args)} - {*free}):
             was, now = made_with.get(name), getattr(args, name, None)
             this = f"--{name} {now}: the run in --out {args.out} was made with {was}"
             need(was == now, f"{this}; resume with that, or choose another --out")
@@ -968,65 +925,64 @@ def resume(student, teacher, optimizer, args):
 # -------------------------------------------------------------------------------------------------------- log
 def begin_log(out, last_step):
     """Start metrics.jsonl and samples.jsonl, or drop their rows after the step to resume from -> metrics."""
-    kept = {"metrics.jsonl": [], "samples.jsonl": []}
-    for name in kept if last_step else ():
-        with blame(f"--out {out}", f"{name} cannot be continued", "restore it, or choose another --out"):
-            lines = (out / name).read_text().splitlines(keepends=True) if (out / name).exists() else []
+    kept, restore = {}, "restore it, or choose another --out"
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        file = out / name
+        with blame(f"--out {out}", f"{name} cannot be continued", restore):
+            lines = file.read_text(encoding="utf-8").splitlines(True) if last_step and file.exists() else []
             rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill tears the last
-            kept[name] = [row for row in rows if row["step"] <= last_step]
-    last = [row["step"] for row in kept["metrics.jsonl"]][-1:]
-    lost = f"--out {out}: metrics.jsonl has no row of step {last_step}; restore it, or choose another --out"
-    need(last == [last_step] or not last_step, lost)
-    for name, rows in kept.items() if ranks()[0] == 0 else ():
+            kept[file] = [row for row in rows if row["step"] <= last_step]
+    lost = f"--out {out}: metrics.jsonl has no row of step {last_step}; {restore}"
+    need(not last_step or [row["step"] for row in kept[file][-1:]] == [last_step], lost)
+    for file, rows in kept.items() if ranks()[0] == 0 else ():
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
+            aside = out / f".{file.name}.tmp"
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            (out / f".{name}.tmp").write_text("".join(lines), encoding="utf-8")
-            os.replace(out / f".{name}.tmp", out / name)
-            if not rows and name == "samples.jsonl":  # it begins with the first evaluation
-                (out / name).unlink()
-    return kept["metrics.jsonl"]
+            aside.write_text("".join(lines), encoding="utf-8")
+            os.replace(aside, file)
+            if not rows and file.name == "samples.jsonl":  # it begins with the first evaluation
+                file.unlink()
+    return kept[out / "metrics.jsonl"]
+
+
+def append(file, rows):
+    """Add rows to a .jsonl file."""
+    if ranks()[0] == 0:
+        with writing(file.parent), open(file, "a", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def record(history, row, out):
     """Add a row to the history of every rank, and to metrics.jsonl."""
     history.append(row)
-    if ranks()[0] == 0:
-        with writing(out), open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+    append(out / "metrics.jsonl", [row])
 
 
 def record_samples(samples, row, out, args):
     """Add an evaluation's samples to samples.jsonl, and print the first --show_samples of them."""
-    rows = [{"step": row["step"], "row": i, **text} for i, text in samples.items()]
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    if ranks()[0] == 0:
-        with writing(out), open(out / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.write("".join(line + "\n" for line in lines))
-        for line in lines[: args.show_samples]:
-            tqdm.write(line)
+    samples = [{"step": row["step"], **sample} for sample in samples]
+    append(out / "samples.jsonl", samples)
+    for sample in samples[: args.show_samples]:
+        say(json.dumps(sample, ensure_ascii=False))
 
 
 def describe(student, teacher, examples, tokenizer, stop_ids, args):
     """--dry_run: print what both models read, special tokens visible, and what a rank must hold."""
-    lines = []
     for i in range(min(2, len(examples))):
         for who, ids in (("student", examples[i].prompt), ("teacher", examples[i].teacher_prompt)):
-            lines.append(f"row {i}, the {who} reads {len(ids)} tokens:\n{tokenizer.decode(ids)}")
-        lines.append(f"row {i}, answer: {examples[i].answer!r}\n")
+            say(f"row {i}, the {who} reads {len(ids)} tokens:\n{tokenizer.decode(ids)}")
+        say(f"row {i}, answer: {examples[i].answer!r}\n")
     if tokenizer.chat_template != teacher.tokenizer.chat_template:
-        lines.append(f"the chat templates differ: --teacher_template {args.teacher_template}")
-    lines.append("stop tokens: " + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids))
-    sizes = [f"{model.num_parameters():,}" for model in (student, teacher)]
-    lines.append(f"parameters: student {sizes[0]}, teacher {sizes[1]}")
-    gb = {"student's weights, gradients and two moments": 16 * student.num_parameters() / 1e9}
-    if teacher is not student:
-        gb["teacher's weights"] = sum(p.numel() * p.element_size() for p in teacher.parameters()) / 1e9
-    gb["logits of a chunk"] = 32 * args.chunk_tokens * student.vocab_in_use / 1e9  # about 8 float32 tensors
-    parts = ", ".join(f"{what} {size:.2f}" for what, size in gb.items())
-    lines.append(f"GB per rank, besides activations and KV cache: {parts}; in all {sum(gb.values()):.2f}")
-    if ranks()[0] == 0:
-        print("\n".join(lines))
+        say(f"the chat templates differ: --teacher_template {args.teacher_template}")
+    say("stop tokens: " + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids))
+    sizes = [student.num_parameters(), teacher.num_parameters()]
+    say(f"parameters: student {sizes[0]:,}, teacher {sizes[1]:,}")
+    weights = 0 if teacher is student else sizes[1] * teacher.dtype.itemsize / 1e9
+    gb = [16 * sizes[0] / 1e9, weights, 32 * args.chunk_tokens * student.vocab_in_use / 1e9]
+    parts = f"student's weights, gradients and two moments {gb[0]:.2f}, teacher's weights {gb[1]:.2f}"
+    parts += f", logits of a chunk {gb[2]:.2f}; in all {sum(gb):.2f}"  # about 8 float32 tensors
+    say(f"GB per rank, besides activations and KV cache: {parts}")
     return []
 
 
@@ -1061,14 +1017,14 @@ def lr_at(step, args):
 
 def finish(out, history, student, tokenizer, args, seconds):
     """Save the final model and say what has changed; or, where a signal stopped the run, how to continue."""
-    if ranks()[0] == 0 and history[-1]["step"] < args.steps:
-        print(f"stopped after step {history[-1]['step']} and saved: continue with --resume")
-    elif ranks()[0] == 0:
+    if history[-1]["step"] < args.steps:
+        return say(f"stopped after step {history[-1]['step']} and saved: continue with --resume")
+    if ranks()[0] == 0:
         save_model(out / "final", student, tokenizer)
-        evals = [row for row in history if "eval_len" in row]
-        names = [name for name in ("eval_accuracy", "eval_reverse_kl") if evals and name in evals[0]]
-        changes = [f"{name} {evals[0][name]:.3f} -> {evals[-1][name]:.3f}" for name in names]
-        print("; ".join([*changes, f"{seconds:.0f} s", f"model in {out / 'final'}"]))
+    evals = [row for row in history if "eval_len" in row]
+    names = [name for name in ("eval_accuracy", "eval_reverse_kl") if evals and name in evals[0]]
+    changes = [f"{name} {evals[0][name]:.3f} -> {evals[-1][name]:.3f}" for name in names]
+    say("; ".join([*changes, f"{seconds:.0f} s", f"model in {out / 'final'}"]))
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -1080,6 +1036,12 @@ def need(ok, message):
     """UserError unless all is well."""
     if not ok:
         raise UserError(message)
+
+
+def say(text, file=None):
+    """Print above the progress bar, on rank 0 only."""
+    if ranks()[0] == 0:
+        tqdm.write(text, file)
 
 
 @contextlib.contextmanager
@@ -1114,7 +1076,9 @@ def check_args(args):
     """UserError for the first value that makes no sense, alone or beside the others."""
     need(args.loss in LOSSES, f"--loss {args.loss}: unknown; choose one of {' '.join(LOSSES)}")
     check_ranges(args)
-    template_kwargs(args)
+    text, remedy = args.chat_template_kwargs, 'write {"enable_thinking": false}'
+    with blame(f"--chat_template_kwargs {text}", "not a JSON object", remedy):
+        dict(**json.loads(text or "{}"))
     sft = f"--sft_steps {args.sft_steps}: must not exceed --steps {args.steps}, which count them"
     need(args.sft_steps <= args.steps, sft)
     out, size, world = Path(args.out).absolute(), args.batch_size, ranks()[1]

@@ -163,17 +163,19 @@ def test_a_rank_that_is_killed_ends_the_job(two_ranks):
     assert process.returncode != 0 and "SIGKILL" in errors
 
 
-@pytest.mark.parametrize("size, calls", [(1, 5), (6, 4), (13, 2), (100, 1)])
-def test_gradients_are_summed_in_buckets_of_that_size(size, calls, monkeypatch):
-    """Each gradient gets the sum of its own entries over the ranks, whatever it shares a call with."""
-    shapes, seen = [(2, 3), (4,), (), (5,), (2, 1)], []
-    gradients = [
-        torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)
-    ]
-    expected = [3 * x for x in gradients]
+def test_tensors_are_summed_in_place_and_all_calls_begin_before_the_first_is_waited_for(monkeypatch):
+    events, tensors = [], [torch.full(shape, 1.0) for shape in ((2, 3), (), (5,))]
+
+    class Work:
+        def wait(self):
+            events.append("wait")
+
+    def begin(tensor, async_op):
+        events.append("begin")
+        tensor.mul_(3)
+        return Work()
+
     monkeypatch.setattr(opd.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(opd.dist, "all_reduce", lambda x: seen.append(x.numel()) or x.mul_(3))
-    opd.sum_gradients(gradients, size)
-    assert len(seen) == calls and sum(seen) == 18
-    assert all(n <= max(size, 6) for n in seen)
-    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+    monkeypatch.setattr(opd.dist, "all_reduce", begin)
+    assert opd.all_reduce(*tensors) is tensors[0]
+    assert events == ["begin"] * 3 + ["wait"] * 3 and all((x == 3).all() for x in tensors)

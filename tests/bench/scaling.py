@@ -1,5 +1,5 @@
 """One rank and two on this machine with the same global batch: seconds per step, and those of summing the
-gradients, in opd.py's buckets and with one call for each parameter.
+gradients, with all calls in flight at once, as opd.py does it, and one after the other.
 
     python tests/bench/scaling.py smollm2               # the folder built by tutorials/smollm2.py
 
@@ -28,16 +28,17 @@ def rank():
     import opd
 
     spent, begin, batch_of, record = [0.0], [0.0], opd.batch_of, opd.record
-    buckets = opd.sum_gradients
+    together = opd.all_reduce
 
-    def one_by_one(gradients):
-        for gradient in gradients:
-            opd.all_reduce(gradient)
-
-    def timed(gradients):
+    def timed(*tensors):
         start = time.perf_counter()
-        (one_by_one if os.environ["SCALING_RANK"] == "one by one" else buckets)(gradients)
-        spent[0] += time.perf_counter() - start
+        if os.environ["SCALING_RANK"] == "one by one":
+            for tensor in tensors:
+                together(tensor)
+        else:
+            together(*tensors)
+        spent[0] += (time.perf_counter() - start) * (len(tensors) > 1)
+        return tensors[0]
 
     def started(*inputs):
         begin[0], spent[0] = time.perf_counter(), 0.0
@@ -49,7 +50,7 @@ def rank():
             total = time.perf_counter() - begin[0]
             print("ROW " + json.dumps({"s": total, "sum_s": spent[0], "tokens": row["tokens"]}))
 
-    opd.sum_gradients, opd.batch_of, opd.record = timed, started, told
+    opd.all_reduce, opd.batch_of, opd.record = timed, started, told
     opd.main()
 
 
@@ -96,7 +97,7 @@ def main():
     parser.add_argument("--steps", type=positive, default=5)
     args = parser.parse_args()
     print("| ranks | gradients | s per step | s summing gradients |\n|---|---|---|---|", flush=True)
-    for ranks, how in ((1, "buckets"), (2, "buckets"), (2, "one by one")):
+    for ranks, how in ((1, "together"), (2, "together"), (2, "one by one")):
         row = measure(args, ranks, how)
         print(f"| {ranks} | {how} | {row['s']:.1f} | {row['sum_s']:.2f} |", flush=True)
     print("\nEstimated GB per GPU; student 1.7 B (28 layers, width 2,048, 8 KV heads of 128), teacher 8.2 B:")
