@@ -249,15 +249,15 @@ def test_chapter_7_real_model_logs(rule, seed, tmp_path):
     rows = lesson.read_csv(TUTORIALS / "07_shared_rule/metrics.csv")
     rows = lesson.select(rows, part="real", rule=rule)
     kls = [r for r in rows if r["kl"] != "" and r["seed"] == seed]
-    whose = {"before": 0, "told": 0, "after": seed}  # the untrained model was sampled once
+    whose = {"before": 0, "prompted": 0, "after": seed}  # the untrained model was sampled once
     before, told, after = (lesson.take(rows, f"only score where who={w} seed={n}") for w, n in whose.items())
     log = [{"step": r["step"], "kl": r["kl"], "score": s} for r, s in zip(kls, (before, after), strict=True)]
     # As it is, no signature can be judged.
     plain = real_log(tmp_path, log, eval_reverse_kl="kl")
     assert list(read_run.diagnose(plain)[1]) == list(read_run.SIGNATURES) and not names(plain)
     # -KL is the expectation of pi_gap, and the share stands for accuracy: all four runs work, none is found.
-    log = [{**row, "told": told} for row in log]
-    pairs = {"pi_gap": "kl", "eval_accuracy": "score", "eval_with_pi_accuracy": "told"}
+    log = [{**row, "prompted": told} for row in log]
+    pairs = {"pi_gap": "kl", "eval_accuracy": "score", "eval_with_pi_accuracy": "prompted"}
     assert names(real_log(tmp_path, log, **pairs)) == []
     # A student that does not change would be found for french. For short it would be missed: at 0.09 nats the
     # effect of the whole system prompt is below the threshold of 0.1.

@@ -61,9 +61,9 @@ def row(**values):
 def either_style(rng):
     """A training example: style A or B at random after a bare prompt, always B after the rule."""
     a, b = toy.problem(rng)
-    told = rng.random() < 0.4
-    style = "B" if told else rng.choice("AB")
-    return (f"{toy.RULE}|" if told else "") + toy.prompt(a, b), toy.chain(a, b, style)
+    ruled = rng.random() < 0.4
+    style = "B" if ruled else rng.choice("AB")
+    return (f"{toy.RULE}|" if ruled else "") + toy.prompt(a, b), toy.chain(a, b, style)
 
 
 WRITERS = {"write_it_out": toy.told, "prefer_style_B": either_style}
@@ -71,7 +71,9 @@ WRITERS = {"write_it_out": toy.told, "prefer_style_B": either_style}
 
 def base(rule, seed, smoke):
     steps = 20 if smoke else 1000
-    return lesson.kept(f"{rule}_{seed}_{steps}", lambda: toy.pretrain(WRITERS[rule], seed, steps))
+    return lesson.kept(
+        f"{rule}_{seed}_{steps}", lambda: toy.pretrain(WRITERS[rule], seed, steps), WRITERS[rule]
+    )
 
 
 def toy_run(rule, mode, seed, smoke):
@@ -86,13 +88,13 @@ def toy_run(rule, mode, seed, smoke):
     )
     args.update(steps=2 if smoke else 100, eval_every=25, batch_size=32, **MODES[mode])
     at = {"part": "toy", "rule": rule, "teacher": mode, "seed": seed}
-    told = [{**x, "prompt": f"{toy.RULE}|{x['prompt']}"} for x in held_out]
+    prompted = [{**x, "prompt": f"{toy.RULE}|{x['prompt']}"} for x in held_out]
     with lesson.distilled(opsd, **args) as (log, final):
         scores = {
             who: toy.accuracy(opd.load_model(folder, "student", torch.float32, "cpu")[1], asked)
             for who, folder, asked in (
                 ("before", args["student"], held_out),
-                ("told", args["student"], told),
+                ("prompted", args["student"], prompted),
                 ("after", final, held_out),
             )
         }
@@ -137,10 +139,10 @@ def follows(rule, text, ended):
     return found >= (0.1 * len(text.split()) if rule == "french" else 1) and found > 0
 
 
-def answers(folder, rule, told, n, new_tokens):
+def answers(folder, rule, prompted, n, new_tokens):
     """Sample answers to the n held-out questions, with or without the system prompt -> CSV columns."""
     model, _, tokenizer, stop_ids = opd.load_pair(folder, None, opd.Args(), torch.device("cpu"))
-    system = [{"role": "system", "content": RULES[rule][0]}] if told else []
+    system = [{"role": "system", "content": RULES[rule][0]}] if prompted else []
     talks = [[*system, {"role": "user", "content": text}] for text in questions()[:n]]
     prompts = [opd.encode_prompt(tokenizer, talk, 256) for talk in talks]
     rollouts = opd.sample(model, prompts, 1, stop_ids, (7,), range(n), new_tokens, TEMPERATURE, 1.0)
@@ -174,8 +176,10 @@ def untrained(rule, smoke):
     """Answers of the untrained model with and without the system prompt -> CSV rows."""
     n, new_tokens = (2, 4) if smoke else (HELD_OUT, NEW_TOKENS)
     at = {"part": "real", "rule": rule, "seed": 0, "step": 0}
-    who = (("before", False), ("told", True))
-    return [row(**at, who=name, **answers(real_model(), rule, told, n, new_tokens)) for name, told in who]
+    who = (("before", False), ("prompted", True))
+    return [
+        row(**at, who=name, **answers(real_model(), rule, prompted, n, new_tokens)) for name, prompted in who
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------- run
@@ -218,7 +222,7 @@ def plot(rows, path):
 
     def dots(panel, x, where):
         grey, blue, red = "0.55", "#0072B2", "#D55E00"
-        shown = (("before", "before", grey), ("after", "after", blue), ("told", "with rule\n", red))
+        shown = (("before", "before", grey), ("after", "after", blue), ("prompted", "with rule\n", red))
         for dx, (who, label, colour) in zip((-0.2, 0, 0.2), shown, strict=True):
             ys = scores(rows, who, **where)
             panel.plot([x + dx] * len(ys), ys, "o", color=colour, ms=6, alpha=0.8)
@@ -249,7 +253,7 @@ def tables(rows):
     for rule in WRITERS:
         for mode in MODES:
             where = {"part": "toy", "rule": rule, "teacher": mode}
-            cells = [lesson.spread(scores(rows, who, **where)) for who in ("before", "after", "told")]
+            cells = [lesson.spread(scores(rows, who, **where)) for who in ("before", "after", "prompted")]
             runs = [r for r in lesson.select(toy_rows, rule=rule, teacher=mode) if r["drift"] != ""]
             drift = [r["drift"] for r in runs if r["step"] == max(x["step"] for x in runs)]
             cells.append(lesson.spread(drift, 3) if drift else "0")
@@ -265,12 +269,12 @@ def tables(rows):
         ends = [
             [r["kl"] for r in kl if r["step"] == end] for end in (0, max((r["step"] for r in kl), default=0))
         ]
-        cells = [scores(runs, "before"), scores(runs, "after"), scores(runs, "told"), *ends]
+        cells = [scores(runs, "before"), scores(runs, "after"), scores(runs, "prompted"), *ends]
         cells = [lesson.spread(x) if len(x) > 1 else f"{x[0]:.2f}" if x else "not trained" for x in cells]
         real.append(f"| {rule} | " + " | ".join(cells) + " |")
         for r in runs:
             if r["who"] and r["seed"] == 0 and rule in TRAINED:
-                who = "teacher with the rule" if r["who"] == "told" else r["who"]
+                who = "teacher with the rule" if r["who"] == "prompted" else r["who"]
                 said.append(f"| {rule}, {who} | {r['text'].replace('|', '/')} |")
     return {"toy": toy_table, "real": real, "said": said}
 
