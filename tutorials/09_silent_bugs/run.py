@@ -91,22 +91,24 @@ def plot(rows, path):
     verdicts, (harmless, turn) = ranked(rows), turned(rows)
     title = f"{len(turn)} of the {len(harmless)} bugs harmless on the toy turn the gradient of SmolLM2"
     figure, axes = lesson.panels(title, [["toy", "real"]], (10, 5.4))
+    beside = axes["real"].get_yaxis_transform()  # x as a fraction of the panel's width
     for y, (arm, verdict) in enumerate(reversed(verdicts.items())):
         for panel, zero, where in (("toy", 0, ("difference",)), ("real", 1, ("cosine", "SmolLM2"))):
             points, style = values(rows, arm, *where), {"color": COLOUR[verdict]}
             axes[panel].plot([zero, fmean(points)], [y, y], lw=2, **style)
             axes[panel].plot(points, [y] * len(points), "o", ms=4, **style)
         size = fmean(values(rows, arm, "ratio", "SmolLM2"))
-        axes["real"].text(1.08, y, f"{size:.2g}", fontsize=10, va="center")
+        axes["real"].text(1.03, y, f"{size:.2g}", fontsize=10, va="center", transform=beside)
     for y, (verdict, colour) in enumerate(reversed(COLOUR.items())):
-        axes["toy"].text(-0.9, 2 + 1.2 * y, verdict, color=colour, fontsize=12, weight="bold")
+        at = {"transform": axes["toy"].get_yaxis_transform(), "fontsize": 12, "weight": "bold"}
+        axes["toy"].text(0.02, 2 + 1.2 * y, verdict, color=colour, **at)
     names = [arm.replace("_", " ") for arm in reversed(verdicts)]
     for panel, labels in (("toy", names), ("real", [])):
         axes[panel].set_yticks(range(len(names)), labels)
         axes[panel].tick_params(labelsize=10)
     axes["toy"].set_xlabel("change of accuracy after 60 steps on the toy", fontsize=10)
     axes["real"].set_xlabel("cosine with the correct gradient, SmolLM2", fontsize=10)
-    axes["real"].text(1.08, len(names) - 0.2, "norm\nratio", fontsize=10)
+    axes["real"].text(1.03, len(names) - 0.2, "norm\nratio", fontsize=10, transform=beside)
     lesson.save(figure, path)
 
 
