@@ -1,170 +1,150 @@
-"""On-policy distillation against SFT on the teacher's samples: by tokens, by compute, by chain position."""
+"""What does OPD add to SFT on the teacher's samples: whole distributions, or the student's own prefixes?
 
-import itertools
+Five arms train the same student for the same number of steps and differ in what they learn from. Accuracy is
+exact, and the errors after an error are measured on wrong chains that are the same for all students.
+"""
+
 import sys
 from pathlib import Path
-
-import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
 
 import lesson  # noqa: E402
+import measure  # noqa: E402
 import toy  # noqa: E402
 
 import opd  # noqa: E402
 
-SEEDS, PROMPTS, EVERY, EXAMPLE = 3, (4000, 100), 25, "58013;47112;36110;#1023$"
-# 125 steps of SFT cost as much as 100 of OPD. off-policy, the control: OPD's loss on the teacher's samples.
-STEPS = {"OPD": 100, "SFT": 175, "off-policy": 100}
-# Forward passes per trained token, for models of equal size: to sample it, to score it with the teacher, and
-# to train on it (forward, and a backward that counts as two). SFT needs no score.
-COST = {"OPD": 1 + 1 + 3, "SFT": 1 + 0 + 3, "off-policy": 1 + 1 + 3}
-COLOUR = dict(zip(("OPD", "SFT", "off-policy"), lesson.COLOURS, strict=False), start="0.45")
-TRAINED = [(arm, n) for n in PROMPTS for arm in ("SFT", "OPD")] + [("off-policy", PROMPTS[0])]
-STYLES = {"clean": "-", "slipped": ":", "teacher": "--"}  # line style by kind of prefix
-EMPTY = dict.fromkeys(
-    "tokens cost accuracy prefixes position tokens_seen error kl teacher_entropy".split(), ""
-)
+SEEDS, STEPS, EVERY, LONGER = 5, 100, 25, 125  # LONGER steps of SFT cost as much as STEPS of OPD
+ARMS = {
+    "SFT": {"sft_steps": LONGER},  # the teacher's prefixes, at each the token that the teacher sampled
+    "off-policy-forward": {"loss": "forward_kl", "lmbda": 0.0},  # the same prefixes, the whole distribution
+    "off-policy": {"loss": "reverse_kl", "lmbda": 0.0},  # the other direction of the KL
+    "OPD-forward": {"loss": "forward_kl"},  # the student's own prefixes
+    "OPD": {"loss": "reverse_kl"},
+}
+# Forward passes per trained token, for models of equal size: to sample it, to score it with the teacher (not
+# in SFT), and to train on it (a backward pass counts as two).
+COST = {arm: 1 + (arm != "SFT") + 3 for arm in ARMS}
+COLOUR = {arm: lesson.COLOURS[6 if arm in ("OPD", "off-policy") else 4] for arm in ARMS}  # SFT: forward KL
+TITLE = "Here the reverse KL puts OPD ahead of SFT, not the student's own prefixes"
+CHANGES = {  # one at a time: label, from this arm (at equal steps, or at equal compute), to that arm
+    "distribution": ("all tokens for\nsampled tokens", "SFT", "steps", "off-policy-forward"),
+    "direction": ("reverse for forward KL,\nteacher's prefixes", "off-policy-forward", "steps", "off-policy"),
+    "direction-own": ("reverse for forward KL,\nown prefixes", "OPD-forward", "steps", "OPD"),
+    "own-forward": ("own for teacher's prefixes,\nforward KL", "off-policy-forward", "steps", "OPD-forward"),
+    "own": ("own for teacher's prefixes,\nreverse KL", "off-policy", "steps", "OPD"),
+    "steps": ("OPD for SFT,\nequal steps", "SFT", "steps", "OPD"),
+    "compute": ("OPD for SFT,\nequal compute", "SFT", "compute", "OPD"),
+}
 
 
 def models(seed, smoke):
-    """Paths of the student and the teacher."""
-    recipes = ((seed, 0.45), (seed + 1_000_000, None))
-    return [lesson.toy_model("A", s, 10 if smoke else 700, stop) for s, stop in recipes]
+    return {"student": lesson.student(seed, smoke), "teacher": lesson.teacher(seed, smoke)}
 
 
-def data(n, held_out=False):
-    return lesson.kept_rows(f"{'held_out' if held_out else 'train'}_{n}_seed_0", toy.rows(n, held_out))
+def one(arm, seed, smoke):
+    """Rows of one arm; of "before", the student that all arms start from, and of its teacher."""
+    paths = models(seed, smoke)
+    start, teacher = (lesson.load(path)[1] for path in paths.values())
+    problems = toy.rows(20 if smoke else 2000, held_out=True)
+    case = measure.forced_errors(start, teacher, problems[:500], seed)
+    steps, longer, every = (2, 3, 1) if smoke else (STEPS, LONGER, EVERY)
 
+    def measured(name, model, step, tokens, budget):
+        row = {
+            "arm": name,
+            "seed": seed,
+            "step": step,
+            "budget": budget,
+            "passes": tokens * COST.get(name, 0),
+        }
+        row["accuracy"] = toy.accuracy(model, problems)
+        return row | (measure.after_errors(model, teacher, *case) if budget else {})
 
-@torch.no_grad()
-def by_position(path, teacher_path, n):
-    """How the student differs from the teacher at each position, on three kinds of prefix.
-
-    teacher: sampled from the teacher; clean: from the student, no error so far; slipped: the student's, after
-    its first error. error: 1 - p(the teacher's most likely token); kl: KL(p || q).
-    """
-    tokenizer, student = opd.load_model(path, "student", torch.float32, "cpu")
-    teacher, found = opd.load_model(teacher_path, "teacher", torch.float32, "cpu")[1], []
-    rows = [row for row in toy.rows(n, held_out=True) if int(row["answer"]) > 999]  # equally long chains
-    prompts = [tokenizer(row["prompt"]).input_ids for row in rows]
-    right = [tokenizer(row["solution"] + "$").input_ids for row in rows]
-    for writer, kinds in ((teacher, ("teacher",)), (student, ("clean", "slipped"))):
-        rollouts = opd.sample(writer, prompts, 1, [toy.END], (1,), range(len(rows)), 32)
-        ys = [r.completion[: len(EXAMPLE)] for r in rollouts]
-        hidden = [opd.completion_hidden(model, prompts, ys) for model in (student, teacher)]  # [N,D]
-        log_p, log_q = (
-            opd.project(m, h).log_softmax(-1) for m, h in zip((student, teacher), hidden, strict=True)
-        )
-        error = 1 - log_p.gather(-1, log_q.argmax(-1, keepdim=True)).exp()[:, 0]  # [N]
-        kl, entropy = (log_p.exp() * (log_p - log_q)).sum(-1), -(log_q.exp() * log_q).sum(-1)  # [N]
-        position = torch.tensor([t for y in ys for t in range(len(y))])  # [N]
-        pairs = zip(ys, right, strict=True)
-        slipped = torch.tensor([y[:t] != r[:t] for y, r in pairs for t in range(len(y))])
-        for kind in kinds:
-            for t in range(len(EXAMPLE)):
-                here = (position == t) & ((kind == "teacher") | (slipped == (kind == "slipped")))
-                if here.any():
-                    means = {"error": error, "kl": kl, "teacher_entropy": entropy}
-                    means = {name: x[here].mean().item() for name, x in means.items()}
-                    found.append({"prefixes": kind, "position": t, "tokens_seen": here.sum().item(), **means})
-    return found
-
-
-def one(arm, prompts, seed, smoke):
-    """Rows of a run: accuracy during training, then the final student by position; start: before training."""
-    (student, teacher), n = models(seed, smoke), 20 if smoke else 500
-    head, rows, tokens = {"arm": arm, "prompts": prompts, "seed": seed}, [], 0
-    if arm == "start":
-        return [{**head, "step": 0, **EMPTY, **row} for row in by_position(student, teacher, n)]
-    steps = 2 if smoke else STEPS[arm]
-    args = {"student": student, "teacher": teacher, "data": data(prompts), "loss": "reverse_kl", "lr": 3e-4}
-    args |= {"eval_data": data(20 if smoke else 300, held_out=True), "eval_every": 1 if smoke else EVERY}
-    args |= {"steps": steps, "batch_size": 32, "max_new_tokens": 32, "seed": seed}
-    args |= {"SFT": {"sft_steps": steps}, "off-policy": {"lmbda": 0.0}}.get(arm, {})
-    with lesson.distilled(opd, **args) as (history, final):
-        for row in history:
-            tokens += row.get("tokens", 0)
-            if "eval_accuracy" in row:
-                numbers = {"tokens": tokens, "cost": tokens * COST[arm], "accuracy": row["eval_accuracy"]}
-                rows.append({**head, "step": row["step"], **EMPTY, **numbers})
-        return rows + [{**head, "step": steps, **EMPTY, **row} for row in by_position(final, teacher, n)]
+    if arm == "before":
+        return [measured("before", start, 0, 0, "steps"), measured("teacher", teacher, 0, 0, "steps")]
+    run = {**paths, **lesson.data(smoke), "batch_size": 32, "max_new_tokens": 32, "lr": 3e-4, "seed": seed}
+    run |= {"steps": longer if arm == "SFT" else steps, "save_every": every, "keep": 9, "eval_every": 0}
+    rows = []
+    with lesson.distilled(opd, **run | ARMS[arm] | ({"sft_steps": longer} if arm == "SFT" else {})) as done:
+        history, final = done
+        for step in range(every, run["steps"] + 1, every):
+            model = lesson.load(Path(final).parent / f"step_{step:06d}")[1]
+            tokens = sum(row.get("tokens", 0) for row in history if row["step"] <= step)
+            rows.append(measured(arm, model, step, tokens, {steps: "steps", longer: "compute"}.get(step, "")))
+    kls = [row["reverse_kl"] for row in history[-every:]]
+    rows[-1] |= {"train_kl": sum(kls) / len(kls), "eval_kl": history[-1]["eval_reverse_kl"]}
+    return rows + (
+        measure.rollout(start, model, teacher, problems[:100], seed) if (arm, seed) == ("OPD", 0) else []
+    )
 
 
 def run(smoke):
     seeds = range(1 if smoke else SEEDS)
-    lesson.in_parallel(models, [(s, smoke) for s in seeds], "models")
-    for n, held_out in ((4000, False), (100, False), (20 if smoke else 300, True)):
-        data(n, held_out)
-    jobs = [(*arm, s, smoke) for s in seeds for arm in (*TRAINED, ("start", 0))]
-    found = lesson.in_parallel(one, jobs, "runs")
-    return [row for rows in found for row in rows]
-
-
-def per_seed(rows, column, **where):
-    """Mean over tokens, for each seed."""
-    chosen, found = lesson.select(rows, **where), []
-    for seed in sorted({r["seed"] for r in chosen}):
-        of_seed = lesson.select(chosen, seed=seed)
-        found.append(
-            sum(r[column] * r["tokens_seen"] for r in of_seed) / sum(r["tokens_seen"] for r in of_seed)
-        )
-    return found
+    lesson.in_parallel(models, [(seed, smoke) for seed in seeds], "models")
+    lesson.data(smoke)
+    jobs = [(arm, seed, smoke) for seed in seeds for arm in ("before", *ARMS)]
+    rows = [row for rows in lesson.in_parallel(one, jobs, "runs") for row in rows]
+    return rows + measure.changes(rows, CHANGES)
 
 
 def plot(rows, path):
-    layout = [[*map(str, PROMPTS), "kinds"], ["chain"] * 3]
-    title = "After an error SFT's error per token rises tenfold; full distributions reduce it on average"
-    figure, panels = lesson.panels(title, layout, (11, 7))
-    for n in PROMPTS:
-        panel = panels[str(n)]
-        for arm in STEPS:
-            curve = [r for r in lesson.select(rows, arm=arm, prompts=n) if r["accuracy"] != ""]
-            if curve:
-                label = arm + "\n" * (arm == "off-policy")  # written above OPD's
-                lesson.curve(panel, curve, "step", "accuracy", COLOUR[arm], label, marker="o", ms=3)
-        panel.set_title(f"{n} prompts", loc="left", fontsize=10)
-        panel.set(xlabel="steps of 32 completions", ylabel="accuracy on held-out problems", ylim=(0.3, 1))
-    for i, (arm, n) in enumerate((("start", 0), ("SFT", 4000), ("off-policy", 4000), ("OPD", 4000))):
-        for dx, kind, fill in ((-0.12, "clean", "full"), (0.12, "slipped", "none")):
-            ys = per_seed(rows, "error", arm=arm, prompts=n, prefixes=kind)
-            panels["kinds"].plot([i + dx] * len(ys), ys, "o", color=COLOUR[arm], fillstyle=fill)
-    panels["kinds"].set_xticks(range(4), ["before", "SFT", "off-policy", "OPD"])
-    panels["kinds"].set(ylabel="error per token (log scale)", yscale="log")
-    panels["kinds"].set_title("Filled: no error yet; open: after an error", loc="left", fontsize=10)
-    for arm, (kind, style) in itertools.product(("SFT", "OPD"), STYLES.items()):
-        chosen = lesson.select(rows, arm=arm, prompts=4000, prefixes=kind)
-        chosen = [r for r in chosen if r["tokens_seen"] >= 10]
-        lesson.curve(panels["chain"], chosen, "position", "error", COLOUR[arm], ls=style)
-    panels["chain"].set_xticks(range(len(EXAMPLE)), EXAMPLE)
-    panels["chain"].set(xlabel="position in the chain (tokens of an example)", ylabel="error per token")
-    title = "Error by position, 4000 prompts (orange: SFT, blue: OPD). Student's prefix: solid without error,"
-    title += " dotted after an error; teacher's prefix: dashed"
-    panels["chain"].set_title(title, loc="left", fontsize=10)
+    figure, panels = lesson.panels(TITLE, [["gain", "error"]], (10, 4.2))
+    left, right = panels["gain"], panels["error"]
+    left.axvline(0, color="0.7", lw=1)
+    for y, (name, (_, _, _, new)) in enumerate(reversed(CHANGES.items())):
+        gains = [100 * row["accuracy_gain"] for row in lesson.select(rows, change=name)]
+        left.plot(gains, [y] * len(gains), "o", color=COLOUR[new], ms=6, alpha=0.7)
+    left.set_yticks(range(len(CHANGES)), [label for label, *_ in reversed(CHANGES.values())])
+    left.set_xlabel("change of accuracy, percentage points", fontsize=11)
+    left.set_title("one change at a time; a dot: one seed", loc="left", fontsize=11)
+    shown = ("before", "SFT", "off-policy", "OPD", "teacher")
+    for x, arm in enumerate(shown):
+        for row in lesson.select(rows, arm=arm, budget="steps"):
+            ends = [row["error_right"], row["error_after"]]
+            right.plot([x - 0.2, x + 0.2], ends, color=COLOUR.get(arm, "0.5"), marker="o", ms=4, lw=1.2)
+    right.set_xticks(range(len(shown)), shown)
+    right.set_ylabel("error per token", fontsize=11)
+    right.set_title("from right prefixes to after a forced error", loc="left", fontsize=11)
+    for text in (*left.get_yticklabels(), *left.get_xticklabels(), *right.get_yticklabels()):
+        text.set_fontsize(10)
+    right.tick_params(axis="x", labelsize=11)
     lesson.save(figure, path)
 
 
 def tables(rows):
-    budget = [
-        "| prompts | arm | steps | trained tokens | forward passes | accuracy |",
-        "|---|---|---|---|---|---|",
-    ]
-    for n in PROMPTS:
-        for arm, step in (("OPD", 100), ("off-policy", 100), ("SFT", 100), ("SFT", 125), ("SFT", 175)):
-            found = [r for r in lesson.select(rows, arm=arm, prompts=n, step=step) if r["accuracy"] != ""]
-            if found:
-                size = [sum(r[c] for r in found) / len(found) / 1000 for c in ("tokens", "cost")]
-                accuracy = lesson.spread([r["accuracy"] for r in found])
-                budget.append(f"| {n} | {arm} | {step} | {size[0]:.0f} k | {size[1]:.0f} k | {accuracy} |")
-    prefixes = ["| student | teacher's prefix | own, no error | own, after an error |", "|---|---|---|---|"]
-    for arm, n in (("start", 0), *TRAINED):
-        cells = [
-            per_seed(rows, "error", arm=arm, prompts=n, prefixes=k) for k in ("teacher", "clean", "slipped")
-        ]
-        name = "before" if arm == "start" else f"{arm}, {n} prompts"
-        prefixes.append(f"| {name} | " + " | ".join(lesson.spread(x, 3) for x in cells) + " |")
-    return {"budget": budget, "prefixes": prefixes}
+    def cells(found, digits):
+        return [lesson.spread([row[name] for row in found], n) for name, n in digits.items()]
+
+    students = [["student", "steps", "forward passes", "accuracy", "error", "after an error", "excess"]]
+    kls = [["arm", "`reverse_kl`, last 25 steps", "`eval_reverse_kl`, end"]]
+    for arm in ("before", *ARMS, "teacher"):
+        for budget in ("steps", "compute"):
+            if found := lesson.select(rows, arm=arm, budget=budget):
+                passes = sum(row["passes"] for row in found) / len(found) / 1000
+                digits = {"accuracy": 3, "error_right": 4, "error_after": 4, "excess": 4}
+                students.append([arm, f"{found[0]['step']:g}", f"{passes:.0f} k", *cells(found, digits)])
+        if ends := [row for row in lesson.select(rows, arm=arm) if row["eval_kl"] != ""]:
+            kls.append([arm, *cells(ends, {"train_kl": 4, "eval_kl": 4})])
+    gains = [["change", "from", "to", "accuracy", "excess"]]
+    for name, (label, old, budget, new) in CHANGES.items():
+        found = lesson.select(rows, arm="change", change=name)
+        old = f"{old}, {LONGER} steps" if budget == "compute" else old
+        gains.append(
+            [label.replace("\n", " "), old, new, *cells(found, {"accuracy_gain": 3, "excess_gain": 4})]
+        )
+    tokens = lesson.select(rows, arm="rollout")
+    fields, begin = [["tokens", "KL of each, before", "KL of each, after"]], 0
+    for field in tokens[0]["before"].replace(";", "; ").split():
+        part, begin = tokens[begin : begin + len(field)], begin + len(field)
+        kl = [" ".join(f"{row[name]:.2f}" for row in part) for name in ("kl_before", "kl_trained")]
+        fields.append([lesson.quoted(field), *kl])
+    names = ("prompt", "before", "after")
+    completions = [names, [lesson.quoted(tokens[0][name]) for name in names]]
+    found = {"students": students, "gains": gains, "kls": kls, "rollout": fields, "completions": completions}
+    return {name: lesson.table(*lines) for name, lines in found.items()}
 
 
 if __name__ == "__main__":
