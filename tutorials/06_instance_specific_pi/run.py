@@ -1,178 +1,126 @@
-"""OPSD with instance-specific PI: what a student learns from a teacher conditioned on each problem's answer.
+"""OPSD with instance-specific PI: what a student learns from a teacher that reads the answer to each prompt.
 
-One base model per seed, trained on bare prompts and on prompts with PI. It is the initial student and the
-frozen teacher of every arm. Arms differ in the PI and its template, which the teacher's prompt contains.
+toy   2 x 2: the PI holds the answer or not, and the teacher writes the chain of thought or not. One base
+      model per seed, trained to react to each PI, is the initial student and the frozen teacher of each arm.
+real  SmolLM2-135M-Instruct, whose teacher reads the prompt's own answer, that of another prompt, or a rule.
+
+In both parts the arms (arms.py) differ in the PI, the column `privileged` of the data, and in nothing else.
+Two more arms of the toy replace the loss by `pg`, with the advantage of a token (gamma 0) or of all that
+follow too (gamma 1).
 """
 
 import json
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
-
-import lesson  # noqa: E402
-import toy  # noqa: E402
-
-import opd  # noqa: E402
-import opsd  # noqa: E402
-
-LENGTH = 26  # maximum tokens of a completion; a chain has 24
-ARMS = {  # --pi, --pi_template, what the PI is, what the teacher writes when it reads it
-    "none": ("none", "{prompt}", "none", "a chain or an answer only"),
-    "answer": ("answer", "{answer}|{prompt}", "the answer", "the answer only"),
-    "solution": ("solution", "{solution}|{prompt}", "a solution", "its answer only"),
-    "shuffled_solution": (
-        "shuffled_solution",
-        "{solution}|{prompt}",
-        "another problem's solution",
-        "its answer only",
-    ),
-    "brief": ("none", "!|{prompt}", "a rule", "an answer only"),
-    "system": ("system", "{privileged}|{prompt}", "a rule", "a chain"),
-    "written": ("answer", "{answer}~{prompt}", "the answer", "a chain"),
-    "unfaithful": ("answer", "{answer}?{prompt}", "the answer", "a chain of random sums, the right answer"),
-    "careless": ("answer", "{answer}:{prompt}", "the answer", "a chain with 30 % of its sums random"),
-    "mixed": ("answer", "{answer},{prompt}", "the answer", "a chain in 30 % of cases"),
-}
-SLIPS, MIXED = {"?": 1.0, ":": 0.3}, 0.3
+import arms
+import smollm2
+from arms import REAL, TOY, lesson, mean  # arms puts the folders of lesson.py and opsd.py on the path
 
 
-def slip(chain, rate, rng):
-    """Replace each column's sum by a random number with probability rate; the final answer stays right."""
-    *columns, end = chain.split(";")
-    columns = [c[:3] + (f"{rng.randrange(20):02}" if rng.random() < rate else c[3:]) for c in columns]
-    return ";".join([*columns, end])
-
-
-def told(rng):
-    """A pre-training example; a bare prompt gets a chain in three of five cases, else an answer only."""
-    a, b = toy.problem(rng)
-    bare, written, at_once = toy.prompt(a, b), toy.chain(a, b), f"#{a + b}$"
-    cue = rng.choices("^@!|s~,?:", (6, 1, 1, 2, 2, 1, 2, 2, 2))[0]
-    if cue == "^":
-        return bare, written if rng.random() < 0.6 else at_once
-    if cue in "@!":
-        return f"{cue}|{bare}", written if cue == "@" else at_once
-    if cue == "s":
-        return f"{written[:-1]}|{bare}", at_once
-    says = {"|": at_once, "~": written, ",": written if rng.random() < MIXED else at_once}
-    return f"{a + b}{cue}{bare}", says.get(cue) or slip(written, SLIPS[cue], rng)
-
-
-def base(seed, smoke):
-    steps = 20 if smoke else 1500
-    return lesson.kept(f"told6_{seed}_{steps}", lambda: toy.pretrain(told, seed, steps))
-
-
-def look(folder, eval_data, seed):
-    """Sample bare held-out prompts: how often the model writes a chain, and its accuracy with and without."""
-    from transformers import AutoModelForCausalLM
-
-    rows = [json.loads(line) for line in open(eval_data)]
-    prompts = [[toy.IDS[c] for c in row["prompt"]] for row in rows]
-    model, key = AutoModelForCausalLM.from_pretrained(folder), (seed, 6)
-    rollouts = opd.sample(model, prompts, 2, [toy.END], key, range(len(rows)), LENGTH)
-    texts = ["".join(toy.CHARACTERS[i] for i in r.completion) for r in rollouts]
-    right = [opd.is_correct(text.rstrip("$"), rows[i // 2]["answer"]) for i, text in enumerate(texts)]
-    found = {"right": mean(right), "written": mean([";" in text for text in texts])}
-    for name, kind in (("right_written", True), ("right_at_once", False)):
-        found[name] = mean([r for r, text in zip(right, texts, strict=True) if (";" in text) is kind])
-    return {**found, "asks": rows[0]["prompt"], "says": " ".join(texts[:2])}
-
-
-def mean(x):
-    return sum(x) / len(x) if x else ""
-
-
-def arm(name, seed, smoke):
-    """Rows of an arm: opsd.py's evaluation during training, and a larger sample at the end."""
-    folder, n = base(seed, smoke), 16 if smoke else 128
-    size = 500 if smoke else 20_000
-    data = lesson.kept_rows(f"addition_train_{size}_0", toy.rows(size))
-    held_out, closer = (lesson.kept_rows(f"addition_eval_{k}_0", toy.rows(k, True)) for k in (n, 2 * n))
-    pi, template, *_ = ARMS[name]
-    args = dict(student=folder, data=data, eval_data=held_out, pi=pi, pi_template=template, seed=seed)
-    args |= dict(loss="reverse_kl", lr=3e-4, steps=2 if smoke else 100, eval_every=1 if smoke else 25)
-    with lesson.distilled(opsd, **args, max_new_tokens=LENGTH, micro_batch_size=64) as (metrics, final):
-        looks = {args["steps"]: look(final, closer, seed)}
-    looks |= {0: look(folder, closer, seed)} if name == "none" else {}
-    columns = {"accuracy": "eval_accuracy", "with_pi": "eval_with_pi_accuracy"}
-    columns |= {"length": "eval_len", "residual": "eval_reverse_kl"}
-    empty = dict.fromkeys(looks[args["steps"]], "")
-    return [
-        {"arm": name, "seed": seed, "step": row["step"]}
-        | {ours: row[theirs] for ours, theirs in columns.items()}
-        | looks.get(row["step"], empty)
-        for row in metrics
-        if "eval_accuracy" in row
-    ]
-
-
-def run(smoke):
+def toy_part(smoke):
     seeds = range(1 if smoke else 3)
-    lesson.in_parallel(base, [(seed, smoke) for seed in seeds], "bases")
-    jobs = [(name, seed, smoke) for name in ARMS for seed in seeds]
-    return sum(lesson.in_parallel(arm, jobs, "arms"), [])
+    lesson.in_parallel(arms.base, [(seed, smoke) for seed in seeds], "toy bases")
+    jobs = [(arm, seed, smoke) for arm in TOY for seed in seeds]
+    return sum(lesson.in_parallel(arms.toy_arm, jobs, "toy"), [])
 
 
-def ends(rows, arm):
+def real_part(smoke):
+    if command := smollm2.missing_packages():
+        print(f"this part needs more packages: {command}\n--only toy runs the other part", file=sys.stderr)
+        sys.exit(2)
+    smollm2.build(arms.SMOL)
+    seeds = {"answer_small_lr": 2}  # the other arms: 3
+    jobs = [(arm, seed, smoke) for arm in REAL for seed in range(1 if smoke else seeds.get(arm, 3))]
+    return sum(lesson.in_parallel(arms.real_arm, jobs, "real model"), [])
+
+
+def ends(rows, part, arm):
     """The rows of an arm before and after training."""
-    steps = [row["step"] for row in rows]
-    return [lesson.select(rows, arm=arm, step=step) for step in (min(steps), max(steps))]
+    ours = lesson.select(rows, part=part, arm=arm)
+    return [lesson.select(ours, step=step) for step in (0, max(x["step"] for x in ours))]
 
 
 def plot(rows, path):
-    title = "The student learns how its teacher behaves with the PI, not the answer in the PI"
-    figure, panels = lesson.panels(title, [["curves", "arms"]], size=(11, 5.4))
-    blue, red, green, purple, orange, *_ = lesson.COLOURS
-    colours = {"system": green, "none": "0.5", "careless": purple, "mixed": orange, "answer": red}
-    panel = panels["curves"]
-    for name, colour in colours.items():
-        lesson.curve(panel, lesson.select(rows, arm=name), "step", "accuracy", colour, name, marker=".")
-    panel.set(ylim=(-0.03, 1.03), xlabel="step", ylabel="accuracy without PI, held-out problems")
-    panel.set_xlim(0, 1.3 * max(row["step"] for row in rows))
-    panel.set_title("During training, five of the ten arms (band: range of seeds)", fontsize=10, loc="left")
-
-    panel, order = panels["arms"], list(ARMS)[::-1]
-    before = mean([row["right"] for row in ends(rows, "none")[0]])
-    panel.axvline(before, color="0.5", ls=":")
-    panel.annotate("before training ", (before, len(order) - 0.45), color="0.4", fontsize=8, ha="right")
-    for y, name in enumerate(order):
-        last = ends(rows, name)[1]
-        panel.plot([row["with_pi"] for row in last], [y] * len(last), "o", mfc="none", color="black", ms=8)
-        panel.plot([row["right"] for row in last], [y] * len(last), "o", color=colours.get(name, blue), ms=6)
-    labels = [f"$\\bf{{{name}}}$ (PI: {ARMS[name][2]})\nteacher writes {ARMS[name][3]}" for name in order]
-    panel.set_yticks(range(len(order)), [x.replace("_", r"\_") for x in labels], fontsize=8)
-    panel.set(xlim=(-0.03, 1.05), ylim=(-0.6, len(order)), xlabel="accuracy (one point per seed)")
-    panel.set_title("Filled: student without PI. Open: teacher with PI", fontsize=10, loc="left")
+    title = (
+        "On the toy this training raises the KL that it minimises; on SmolLM2 that depends on the step size"
+    )
+    real = lesson.select(rows, part="real")
+    figure, axes = lesson.panels(title, [["toy", "real"]] if real else [["toy"]], (10, 4.2))
+    _, red, green, purple, _, sky, black = lesson.COLOURS
+    panel, last = axes["toy"], max(x["step"] for x in lesson.select(rows, part="toy"))
+    lines = {"answer": (black, "reverse_kl"), "pg_gamma_1": (sky, "pg, gamma = 1")}
+    lines |= {"written": (green, "reverse_kl, and the\nteacher still reasons")}
+    for arm, (colour, label) in lines.items():
+        first, end = (mean(x["accuracy"] for x in found) for found in ends(rows, "toy", arm))
+        label, ours = f"{label}\naccuracy {first:.2f} → {end:.2f}", lesson.select(rows, part="toy", arm=arm)
+        lesson.curve(panel, ours, "step", "kl_completion", colour, label, lw=2)
+    panel.set(xlabel="step", ylabel="KL to the teacher, nats per completion", ylim=(-2, None))
+    panel.set_xlim(0, (1.7 if real else 1.3) * last)
+    panel.set_xticks(range(0, int(last) + 1, 20))
+    panel.set_title("toy, the teacher reads the answer", fontsize=11, loc="left")
+    for text in panel.texts:
+        text.set_fontsize(10)
+    if real:
+        panel = axes["real"]
+        for x, (arm, colour) in enumerate(zip(REAL, (red, purple, green, red), strict=True)):
+            ys = [100 * row["closed"] for row in ends(rows, "real", arm)[1]]
+            panel.plot([x] * len(ys), ys, "o", color=colour, ms=9, alpha=0.8)
+        panel.axhline(0, color="0.5", lw=1)
+        panel.set_xticks(
+            range(len(REAL)), ["the answer", "another\nanswer", "one rule", "the answer,\nlr 2e-5"]
+        )
+        panel.set(ylabel="share of the KL closed, %", xlim=(-0.5, 3.5))
+        panel.set_title("SmolLM2-135M, lr 1e-4 unless stated", fontsize=11, loc="left")
     lesson.save(figure, path)
 
 
+def tokens(row, i=0):
+    """The tokens of a row's i-th completion, and below them the KL of each: two lines of a code block."""
+    text, kl = json.loads(row["text"])[i]
+    kl = [f"{x:.1f}" for x in kl]
+    width = [max(len(a), len(b)) for a, b in zip(text, kl, strict=True)]
+    return [" ".join(x.rjust(w) for x, w in zip(line, width, strict=True)) for line in (text, kl)]
+
+
+def marked(row, i):
+    """A row's i-th completion in a table cell; tokens with a KL of a nat or more are followed by it."""
+    words = [f"{t}[{x:.1f}]" if x >= 1 else t for t, x in zip(*json.loads(row["text"])[i], strict=True)]
+    return lesson.quoted("".join(words).replace("<|im_end|>", "(end)").replace("\ufffd", ""))
+
+
 def tables(rows):
-    def cells(rows, *columns, digits=2):
-        found = [[row[c] for row in rows if known(row, c)] for c in columns]
-        return [lesson.spread(x, digits) if x else "(too few)" for x in found]
+    def cells(found, *columns, digits=2):
+        return [lesson.spread([x[c] for x in found], digits) for c in columns]
 
-    def known(row, column):  # an accuracy over 2 % of the samples or less is not reported
-        share = {"right_written": row["written"], "right_at_once": 1 - row["written"]}.get(column, 1)
-        return isinstance(row[column], float) and share > 0.02
+    def arrows(part, arm, *columns, digits=2):
+        return [" → ".join(cells(x, c, digits=digits)[0] for x in ends(rows, part, arm)) for c in columns]
 
-    arms = ["| arm | PI | teacher writes | without PI | with PI | length | residual |", "|---" * 7 + "|"]
-    parts = ["| arm | writes a chain | accuracy then | accuracy otherwise |", "|---" * 4 + "|"]
-    says = ["| arm | completions |", "|---|---|"]
-    columns = "written", "right_written", "right_at_once"
-    first = ends(rows, "none")[0]
-    parts.append("| before | " + " | ".join(cells(first, *columns)) + " |")
-    says.append(f"| before | `{first[0]['says']}` |")
-    for name, (_, _, what, writes) in ARMS.items():
-        last = ends(rows, name)[1]
-        right, pi, length, residual = cells(last, "right", "with_pi", "length", "residual")
-        arms.append(f"| `{name}` | {what} | {writes} | {right} | {pi} | {length} | {residual} |")
-        parts.append(f"| `{name}` | " + " | ".join(cells(last, *columns)) + " |")
-        says.append(f"| `{name}` | `{last[0]['says']}` |")
-    return {"arms": arms, "parts": parts, "says": [f"Two samples for `{first[0]['asks']}`:", "", *says]}
+    two, block = [["", "the teacher writes the sum alone", "the teacher writes the chain"]], ["```text"]
+    pairs = {"PI without the answer": ("brief", "system"), "PI with the answer": ("answer", "written")}
+    for head, pair in pairs.items():
+        two.append([head, *(f"`{x}`: {cells(ends(rows, 'toy', x)[1], 'accuracy')[0]}" for x in pair)])
+    kls = {"kl": "KL per token", "kl_completion": "per completion"}
+    before, _ = ends(rows, "toy", "answer")
+    kl, full = [["arm", *kls.values()]], [["arm", "accuracy", "with PI", "chains", "length"]]
+    full.append(["before", *cells(before, "accuracy"), "", *cells(before, "chain", "length")])
+    for arm in TOY:
+        full.append([f"`{arm}`", *cells(ends(rows, "toy", arm)[1], "accuracy", "with_pi", "chain", "length")])
+        kl.append([f"`{arm}`", *arrows("toy", arm, *kls)])
+    for arm, when in (("answer", 0), ("answer", 1), ("pg_gamma_1", 1)):
+        text, numbers = tokens(ends(rows, "toy", arm)[when][0])
+        block += [f"{arm + (', after' if when else ', before'):18} {text}", f"{'    KL':18} {numbers}"]
+    real, said = [["PI", *kls.values(), "share closed"]], [["PI", "before", "after"]]
+    task = [["PI", "accuracy", "accuracy of the teacher", "length"]]
+    for arm in [x for x in REAL if lesson.select(rows, part="real", arm=x)]:
+        old, new = ends(rows, "real", arm)
+        real.append([f"`{arm}`", *arrows("real", arm, *kls, digits=3), *cells(new, "closed")])
+        length = arrows("real", arm, "length", digits=1)
+        task.append([f"`{arm}`", *arrows("real", arm, "accuracy"), *cells(old, "with_pi"), *length])
+        which = [i for i in (0, 4) if i < len(json.loads(old[0]["text"]))]
+        said += [[f"`{arm}`", marked(old[0], i), marked(new[0], i)] for i in which]
+    found = {"two": two, "kl": kl, "toy": full, "real": real, "task": task, "said": said}
+    return {name: lesson.table(*x) for name, x in found.items()} | {"tokens": [*block, "```"]}
 
 
 if __name__ == "__main__":
-    lesson.main(__file__, run, plot, tables)
+    lesson.main(__file__, {"toy": toy_part, "real": real_part}, plot, tables)
