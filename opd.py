@@ -618,7 +618,7 @@ class Examples:
         held, first = [], range(min(len(self), 1000))
         for i in first:
             row = self[i] and self.rows[i]
-            chat = row["prompt"] if isinstance(row["prompt"], list) else ""  # a raw prompt may hold them
+            chat = [x["content"] for x in row["prompt"] if isinstance(x, dict)]  # a raw prompt may hold them
             text = str([chat, *map(row.get, ("answer", "solution", "privileged"))])
             held += [i] * any(token in text for token in specials)
         if held:
@@ -978,7 +978,7 @@ def describe(student, teacher, examples, tokenizer, stop_ids, args):
     say("stop tokens: " + ", ".join(f"{i} {tokenizer.decode([i])!r}" for i in stop_ids))
     sizes = [student.num_parameters(), teacher.num_parameters()]
     say(f"parameters: student {sizes[0]:,}, teacher {sizes[1]:,}")
-    weights = 0 if teacher is student else sizes[1] * teacher.dtype.itemsize / 1e9
+    weights = 0 if teacher is student else sum(p.nbytes for p in teacher.parameters()) / 1e9
     gb = [16 * sizes[0] / 1e9, weights, 32 * args.chunk_tokens * student.vocab_in_use / 1e9]
     parts = f"student's weights, gradients and two moments {gb[0]:.2f}, teacher's weights {gb[1]:.2f}"
     parts += f", logits of a chunk {gb[2]:.2f}; in all {sum(gb):.2f}"  # about 8 float32 tensors

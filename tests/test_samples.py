@@ -3,6 +3,7 @@ them: --chat_template_kwargs, --teacher_template, special tokens in the text."""
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +147,16 @@ def test_a_dry_run_shows_what_both_read_and_writes_nothing(tiny, tmp_path, capsy
     )
     assert f"parameters: student {student:,}, teacher {teacher:,}" in text and "GB per rank" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_counts_the_bytes_of_each_of_the_teachers_weights(capsys):
+    """Its body may be bfloat16, but its head is float32: 2 + 4 GB here, and 16 bytes for each of the student's."""
+    sizes = [torch.empty(10**9, dtype=kind, device="meta") for kind in (torch.bfloat16, torch.float32)]
+    reader = SimpleNamespace(chat_template=None, decode=str)
+    teacher = SimpleNamespace(num_parameters=lambda: 2 * 10**9, parameters=lambda: sizes, tokenizer=reader)
+    student = SimpleNamespace(num_parameters=lambda: 10**9, vocab_in_use=0)
+    opd.describe(student, teacher, [], reader, [0], opd.Args())
+    assert "two moments 16.00, teacher's weights 6.00" in capsys.readouterr().out
 
 
 def test_a_dry_run_of_opsd_shows_the_pi(tiny, tmp_path, capsys):
