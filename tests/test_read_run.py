@@ -209,38 +209,51 @@ def real_log(tmp_path, rows, **pairs):
     return read_run.read(tmp_path / "log.csv", [f"{ours}={theirs}" for ours, theirs in pairs.items()])
 
 
+def chapter_3(loss, part, lr, seed):
+    """Rows of one real-model run after its first step; step 0 is an evaluation only."""
+    rows = lesson.read_csv(TUTORIALS / "03_biased_topk/metrics.csv")
+    return [x for x in lesson.select(rows, part=part, loss=loss, lr=lr, seed=seed) if x["step"] > 0]
+
+
 @pytest.mark.parametrize(
-    "part,loss,found,early",
-    [  # the finding at the end of 8 steps (2 for the last); in each seed, the steps at which it is there
-        ("real", "topk", ["mass_leak"], ([5, 6, 7, 8], [7, 8], [6, 7, 8])),
-        ("damaged", "sg_topk", ["mass_leak"], ([5, 6, 7, 8], [3, 5, 6, 7, 8], [7, 8])),
-        # False alarms at these steps: its true KL falls, and at the end its mass is within 0.1 of the start.
-        ("damaged", "tail_topk", [], ([5, 7], [2, 3], [7])),
-        ("damaged", "reverse_kl", [], ([], [], [])),
-        ("real", "sg_topk", [], ([], [], [])),
+    "loss,part,lr,found",
+    [  # in each seed, the steps (of 5; of 2 in the last line) at which mass_leak is found
+        ("topk", "real", 3e-5, ([2, 3, 4, 5], [4, 5], [4, 5])),
+        ("topk", "damaged", 1e-4, ([3, 4, 5], [4, 5], [4, 5])),
+        ("topk", "damaged", 3e-5, ([4, 5], [4, 5], [])),  # missed in seed 2: its mass falls by 0.09
+        ("sg_topk", "damaged", 1e-4, ([4, 5], [5], [])),
+        ("tail_topk", "damaged", 1e-4, ([3], [], [])),  # a false alarm that is gone at the end
+        ("norm_topk", "damaged", 1e-4, ([], [], [])),
+        ("reverse_kl", "damaged", 1e-4, ([], [], [])),
+        ("reverse_kl", "damaged", 3e-5, ([], [], [])),
+        ("sg_topk", "real", 3e-5, ([], [], [])),
     ],
 )
-def test_chapter_3_real_model_logs(part, loss, found, early, tmp_path):
+def test_chapter_3_real_model_logs(loss, part, lr, found, tmp_path):
     """SmolLM2. The thresholds, chosen on the toy, were not changed for these logs or those of chapter 7."""
-    rows = lesson.read_csv(TUTORIALS / "03_biased_topk/metrics.csv")
-    for seed, steps in enumerate(early):
-        rows_of_run = real_log(tmp_path, lesson.select(rows, part=part, loss=loss, seed=seed), **REAL)
-        assert len(rows_of_run) == (2 if (part, loss) == ("real", "sg_topk") else 8)
-        assert names(rows_of_run) == found
-        missing = read_run.diagnose(rows_of_run)[1]  # the CSV has what one signature of the seven needs
+    for seed, steps in enumerate(found):
+        run = real_log(tmp_path, chapter_3(loss, part, lr, seed), **REAL)
+        assert len(run) == (2 if (part, loss) == ("real", "sg_topk") else 5)
+        missing = read_run.diagnose(run)[1]  # the CSV has what one signature of the seven needs
         assert [s for s in read_run.SIGNATURES if s not in missing] == [read_run.mass_leak]
-        assert [n for n in range(1, len(rows_of_run) + 1) if names(rows_of_run[:n])] == steps
+        assert [names(run[:n]) for n in range(1, len(run) + 1)] == [
+            ["mass_leak"] * (n in steps) for n in range(1, len(run) + 1)
+        ]
 
 
-def test_chapter_3_margins(tmp_path):
-    """Decreases of student_mass in the runs with and without the finding: the threshold is 0.1."""
-    rows, drops = lesson.read_csv(TUTORIALS / "03_biased_topk/metrics.csv"), {True: [], False: []}
-    for run in {(r["part"], r["loss"], r["seed"]) for r in rows if r["part"] in ("real", "damaged")}:
-        log = lesson.select(rows, **dict(zip(("part", "loss", "seed"), run, strict=True)))
-        drops[run[:2] in (("real", "topk"), ("damaged", "sg_topk"))].append(log[0]["mass"] - log[-1]["mass"])
-    assert [len(x) for x in drops.values()] == [6, 9]
-    assert min(drops[True]) == pytest.approx(0.139) and max(drops[True]) == pytest.approx(0.3269)
-    assert max(drops[False]) == pytest.approx(0.0859)
+def test_chapter_3_margins():
+    """Decreases of student_mass with the loss that pushes mass out of S and with others; threshold 0.1."""
+    pushed = [("topk", "real", 3e-5), ("topk", "damaged", 1e-4)]
+    losses = ("reverse_kl", "norm_topk", "tail_topk")
+    healthy = [(loss, "damaged", lr) for loss in losses for lr in (3e-5, 1e-4)]
+    drops = [[], []]
+    for which, runs in enumerate((pushed, healthy)):
+        for run in runs:
+            for seed in range(3):
+                log = chapter_3(*run, seed)
+                drops[which].append(log[0]["mass"] - log[-1]["mass"])
+    assert [len(x) for x in drops] == [6, 18]
+    assert min(drops[0]) == pytest.approx(0.220, abs=1e-3) and max(drops[1]) == pytest.approx(0.063, abs=1e-3)
 
 
 @pytest.mark.parametrize("rule,seed", [("french", 0), ("french", 1), ("french", 2), ("short", 0)])

@@ -150,7 +150,7 @@ def test_a_dry_run_shows_what_both_read_and_writes_nothing(tiny, tmp_path, capsy
 
 
 def test_a_dry_run_counts_the_bytes_of_each_of_the_teachers_weights(capsys):
-    """Its body may be bfloat16, but its head is float32: 2 + 4 GB here, and 16 bytes for each of the student's."""
+    """Its body may be bfloat16, but its head is float32: 2 + 4 GB here, and 16 bytes per student weight."""
     sizes = [torch.empty(10**9, dtype=kind, device="meta") for kind in (torch.bfloat16, torch.float32)]
     reader = SimpleNamespace(chat_template=None, decode=str)
     teacher = SimpleNamespace(num_parameters=lambda: 2 * 10**9, parameters=lambda: sizes, tokenizer=reader)
