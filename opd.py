@@ -482,7 +482,7 @@ def evaluate(student, teacher, examples, tokenizer, stop_ids, args):
     time: two evaluations differ by the weights alone."""
     n, (rank, world), limits = args.eval_samples, ranks(), (args.max_new_tokens, args.temperature, args.top_p)
     found, key, mine = [], (~args.seed, 0), range(rank, len(examples), world)
-    group = max(1, args.batch_size * args.samples_per_prompt // world // n)  # no more rows than in training
+    group = max(n, args.micro_batch_size, args.batch_size * args.samples_per_prompt // world) // n  # prompts
     for which in (mine[i : i + group] for i in range(0, len(mine), group)):
         rollouts = sample(student, [examples[i].prompt for i in which], n, stop_ids, key, which, *limits)
         rows = [(i, examples[i]) for i in which for _ in range(n)]  # of each rollout

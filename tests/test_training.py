@@ -291,6 +291,20 @@ def test_evaluations_draw_the_same_numbers_each_time(tiny, tmp_path, samples):
     assert len(set(drawn)) > 6
 
 
+@pytest.mark.parametrize(
+    "batch_size,samples_per_prompt,micro_batch_size,prompts",
+    [(1, 1, 4, [2, 2]), (4, 2, 2, [4]), (1, 1, 1, [1] * 4), (4, 1, 1, [2, 2])],
+)
+def test_an_evaluation_samples_as_many_rows_at_once_as_training_scores_or_samples(
+    batch_size, samples_per_prompt, micro_batch_size, prompts, tiny, tmp_path, samples
+):
+    """Two completions of each of 4 prompts; one prompt is the least."""
+    sizes = dict(batch_size=batch_size, samples_per_prompt=samples_per_prompt)
+    sizes |= dict(micro_batch_size=micro_batch_size, eval_samples=2, eval_every=1, steps=1)
+    opd.train(opd.Args(**{**SMALL, **tiny, **sizes, "out": str(tmp_path)}))
+    assert [len(asked) for _, asked, n, key, _ in samples if key[0] < 0] == prompts * 2
+
+
 def test_an_answer_may_be_the_number_zero(tiny, tmp_path):
     data = write_rows(
         tmp_path / "eval.jsonl", [{"prompt": "^1=", "answer": 0}, {"prompt": "^2=", "answer": 0}]
