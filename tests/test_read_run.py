@@ -256,26 +256,27 @@ def test_chapter_3_margins():
     assert min(drops[0]) == pytest.approx(0.220, abs=1e-3) and max(drops[1]) == pytest.approx(0.063, abs=1e-3)
 
 
-@pytest.mark.parametrize("rule,seed", [("french", 0), ("french", 1), ("french", 2), ("short", 0)])
+@pytest.mark.parametrize("rule", ["french", "pirate"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_chapter_7_real_model_logs(rule, seed, tmp_path):
-    """SmolLM2. Its CSV has the KL on held-out prompts and the share of answers that follow the rule."""
+    """SmolLM2. Its CSV has the KL to the prompted teacher and the share of answers that follow the rule."""
     rows = lesson.read_csv(TUTORIALS / "07_shared_rule/metrics.csv")
-    rows = lesson.select(rows, part="real", rule=rule)
-    kls = [r for r in rows if r["kl"] != "" and r["seed"] == seed]
-    whose = {"before": 0, "prompted": 0, "after": seed}  # the untrained model was sampled once
-    before, told, after = (lesson.take(rows, f"only score where who={w} seed={n}") for w, n in whose.items())
-    log = [{"step": r["step"], "kl": r["kl"], "score": s} for r, s in zip(kls, (before, after), strict=True)]
+    rows = lesson.select(rows, part="real", rule=rule, seed=seed)
+    before, prompted, after = (
+        lesson.select(rows, arm=arm, who=who)[0]
+        for arm, who in (("none", "before"), ("none", "prompted"), ("OPSD", "after"))
+    )
+    log = [{"step": x["step"], "kl": x["kl"], "score": x["score"]} for x in (before, after)]
     # As it is, no signature can be judged.
     plain = real_log(tmp_path, log, eval_reverse_kl="kl")
     assert list(read_run.diagnose(plain)[1]) == list(read_run.SIGNATURES) and not names(plain)
-    # -KL is the expectation of pi_gap, and the share stands for accuracy: all four runs work, none is found.
-    log = [{**row, "prompted": told} for row in log]
+    # -KL is the expectation of pi_gap, and the share stands for accuracy: all six runs work, none is found.
+    log = [{**row, "prompted": prompted["score"]} for row in log]
     pairs = {"pi_gap": "kl", "eval_accuracy": "score", "eval_with_pi_accuracy": "prompted"}
     assert names(real_log(tmp_path, log, **pairs)) == []
-    # A student that does not change would be found for french. For short it would be missed: at 0.09 nats the
-    # effect of the whole system prompt is below the threshold of 0.1.
-    log[-1]["score"] = before
-    assert names(real_log(tmp_path, log, **pairs)) == (["pi_without_accuracy"] if rule == "french" else [])
+    # A student that follows the rule no more often than before, at the same KL, is found.
+    log[-1]["score"] = before["score"]
+    assert names(real_log(tmp_path, log, **pairs)) == ["pi_without_accuracy"]
 
 
 BAD = [  # what the log holds, further flags, words of the one line that is to come
