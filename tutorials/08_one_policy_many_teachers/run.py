@@ -34,7 +34,7 @@ def one_run(task, arm, m, lr, seed, smoke):
     """Train a student with opsd.py and measure it on new prompts -> CSV rows. before: the untrained student;
     teacher: the same with the last of the m system prompts."""
     model, train, new, args = task(arm, m, seed, smoke)
-    at, n = {"arm": arm, "m": m, "lr": lr, "seed": seed}, 4 if task is toy_task else 1  # n samples a prompt
+    at, n = {"arm": arm, "m": m, "lr": lr, "seed": seed}, 4 if task is toy_task else 2  # n samples a prompt
     sizes = (n, args["max_new_tokens"], (7,))  # and the key of the random numbers
     if arm not in ARMS:
         return [{**at, **row} for row in measure(model, model, new, *sizes)]
@@ -60,7 +60,7 @@ def run_real(smoke):
         print(f"part real needs more packages: {command}; --only toy does without", file=sys.stderr)
         sys.exit(2)
     smollm2.build(SMOL)
-    ms, seeds = ((2,), (0,)) if smoke else ((1, 2, 3), (0, 1))
+    ms, seeds = ((2,), (0,)) if smoke else ((1, 2, 3), (0, 1, 2))
     jobs = [("reverse", m, seed) for m in ms for seed in seeds]
     jobs += [(arm, m, 0) for arm in ("before", "teacher") for m in ms]
     jobs = [(real_task, arm, m, REAL_LR, seed, smoke) for arm, m, seed in jobs]
@@ -127,7 +127,7 @@ def tables(rows):
         text = of(rows, "toy", arm, m=4, lr=LRS[0], seed=0)[0]["text"]
         coherent.append([f"`{arm}`", *line("toy", arm, "coherent", m=4, lr=LRS[0]), lesson.quoted(text)])
     real = [["m", "student", "KL to the teachers", "floor", "KL to the geometric mean", "share closed"]]
-    texts = [["model", "completion of the first new prompt"]]
+    texts = [["model", "two completions of the first new prompt"]]
     for m in sorted({int(r["m"]) for r in lesson.select(rows, part="real")}):
         before, after, (prompted, *_) = (
             of(rows, "real", arm, m=m) for arm in ("before", "reverse", "teacher")

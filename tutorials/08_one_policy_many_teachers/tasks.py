@@ -14,10 +14,8 @@ import random
 import lesson  # run.py puts its folder on sys.path
 import toy
 
-RULES, NOISE = (
-    "abcdefghij",
-    0.1,
-)  # NOISE: probability that a digit is random; without it the floor is infinite
+# NOISE: probability that a digit is random; without it the floor is infinite. SHORT: characters of a prompt.
+RULES, NOISE, SHORT = "abcdefghij", 0.1, 120
 HELD_OUT = sorted(random.Random(0).sample(range(1000), 100))  # in no training data
 SEEN = sorted(set(range(1000)) - set(HELD_OUT))
 SMOL = lesson.ROOT / ".cache" / "smollm2"
@@ -59,12 +57,13 @@ def toy_task(arm, m, seed, smoke):
 
 
 def real_task(arm, m, seed, smoke):
-    train, new = ([json.loads(line) for line in (SMOL / f"{x}.jsonl").open()] for x in ("train", "eval"))
+    train, new = ([*map(json.loads, (SMOL / f"{x}.jsonl").open())] for x in ("train", "eval"))
+    train, new = ([row for row in x if len(row["prompt"][0]["content"]) <= SHORT] for x in (train, new))
     systems, rng = list(SYSTEM.values())[:m], random.Random(seed)
     for row in new:
         row["teachers"] = [[{"role": "system", "content": text}, *row["prompt"]] for text in systems]
         row["prompt"] = row["teachers"][-1] if arm == "teacher" else row["prompt"]
     train = [{**row, "privileged": rng.choice(systems)} for row in train]
-    args = dict(batch_size=4, max_new_tokens=32, steps=10, warmup_steps=2)
+    args = dict(batch_size=8, max_new_tokens=12, steps=20, warmup_steps=2)
     args |= dict(batch_size=1, max_new_tokens=4, steps=1) if smoke else {}
-    return str(SMOL / "teacher"), train, new[: 2 if smoke else 12], args
+    return str(SMOL / "teacher"), train, new[: 2 if smoke else 16], args
