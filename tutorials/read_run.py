@@ -63,7 +63,7 @@ def line(metric, value, side, at):
 def mass_leak(student_mass: Span, loss: Span, reverse_kl=ANY):
     """the student's mass on the top k falls, and the loss does not show it"""
     falls = loss.end < loss.start and reverse_kl.end > reverse_kl.start / 2
-    hidden = loss.end < reverse_kl.end / 2 and reverse_kl.end > reverse_kl.start  # see chapter 10, limits
+    hidden = loss.end < reverse_kl.end / 2 and reverse_kl.end > reverse_kl.start  # see chapter 10, mechanism
     return line("student_mass", student_mass.end, "below", student_mass.start - 0.1), falls or hidden
 
 

@@ -1,187 +1,155 @@
-"""Ten toy runs, three healthy and seven failing, and what read_run.py finds in the log of each.
+"""What read_run.py finds in the logs of six failing runs, and in those of their healthy controls.
 
-Every failing run differs from a healthy one in the loss, the teacher, the PI or one wrong line. The CSV has
-the rows of the logs, and for each row the findings in the log up to that row.
+arms.py has the runs. metrics.csv has every second row of each log, and for each row the findings of
+read_run.py in the log up to that row; the first and the last row also have a completion.
 """
 
 import sys
 from pathlib import Path
-from unittest import mock
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
 
 import lesson  # noqa: E402
 import read_run  # noqa: E402
-import toy  # noqa: E402
+from arms import ARMS, CONTROLS, EXPECTED, METRICS, log, model  # noqa: E402
 
-import losses  # noqa: E402
-import opd  # noqa: E402
-import opsd  # noqa: E402
-
-ARMS = {  # script, what is different, the same in words, the signature that is expected
-    "healthy": (opd, {}, "`opd.py`, unchanged", None),
-    "pg": (opd, {"loss": "pg"}, "`--loss pg`", None),
-    "rule": (opsd, {"pi": "system"}, "`opsd.py`, unchanged", None),
-    "topk": (
-        opsd,
-        {"pi": "none", "loss": "topk", "topk": 1},
-        "`--pi none --loss topk --topk 1`",
-        "mass_leak",
-    ),
-    "topk_lr": (
-        opd,
-        {"loss": "topk", "topk": 2, "lr": 1e-3},
-        "`--loss topk --topk 2 --lr 1e-3`",
-        "mass_leak",
-    ),
-    "k1": (opd, {"loss": "k1"}, "`--loss k1`", "no_direction"),
-    "style": (opd, {"teacher": "B"}, "a teacher of style B", "mismatch"),
-    "sign": (opd, {"loss": "pg"}, "`--loss pg`, wrong sign of the advantage", "entropy_collapse"),
-    "no_end": (opd, {"teacher": "no_end"}, "a teacher without an end token", "loops"),
-    "answer": (opsd, {"pi": "answer"}, "`opsd.py --pi answer`", "pi_without_accuracy"),
-}
-METRICS = (
-    "loss reverse_kl student_mass student_logp teacher_logp student_entropy teacher_entropy completion_len "
-    "repetition truncated eval_accuracy eval_with_pi_accuracy pi_gap grad_norm"
-).split()
-NAMES = [signature.__name__ for signature in read_run.SIGNATURES]
-
-
-def never_ends(rng):
-    """A training example for a teacher without an end token: it repeats the sum."""
-    a, b = toy.problem(rng)
-    return toy.prompt(a, b), toy.chain(a, b).removesuffix("$") + f"#{a + b}" * 6
-
-
-def model(name, seed, smoke):
-    """Path of a model of this seed: the student, one of three teachers, or the model for opsd.py."""
-    steps, teacher = (5 if smoke else 700), seed + 1_000_000
-    few, many = steps * 4 // 7, steps * 10 // 7
-    if name == "no_end":
-        return lesson.kept(f"no_end_{teacher}_{few}", lambda: toy.pretrain(never_ends, teacher, few))
-    if name == "told":
-        return lesson.kept(f"told_{seed}_{many}", lambda: toy.pretrain(toy.told, seed, many))
-    return lesson.toy_model(*{"student": ("A", seed, steps, 0.45)}.get(name, (name, teacher, steps)))
-
-
-def log(arm, seed, smoke):
-    """One run -> every second row of its log, as rows of the CSV."""
-    script, changes, _, _ = ARMS[arm]
-    steps = 4 if smoke else 100
-    args = dict(seed=seed, steps=steps, batch_size=32, max_new_tokens=48, lr=3e-4, eval_every=20) | changes
-    few = 16 if smoke else 128
-    args["data"] = lesson.kept_rows(f"read_run_train_5000_{seed}", toy.rows(5000, seed=seed))
-    args["eval_data"] = lesson.kept_rows(f"read_run_eval_{few}_{seed}", toy.rows(few, True, seed=seed))
-    if script is opsd:
-        args.update(student=model("told", seed, smoke), pi_template=toy.PI_TEMPLATES[args["pi"]])
-    else:
-        args["teacher"] = model(args.get("teacher", "A"), seed, smoke)
-        args["student"] = model("student", seed, smoke)
-    advantage = losses.reverse_kl_advantage  # log q - log p
-    wrong = (lambda *x: -advantage(*x)) if arm == "sign" else advantage  # log p - log q
-    patch = mock.patch.object(losses, "reverse_kl_advantage", wrong)
-    with patch, lesson.distilled(script, **args) as (rows, _):
-        rows = [row for row in rows if row["step"] % 2 == 0]
-    rows = [{k: float(f"{row[k]:.4g}") for k in ("step", *METRICS) if k in row} for row in rows]
-    columns = {name: read_run.series(rows, name) for name in METRICS}
-    for n, row in enumerate(rows, 1):
-        found = {signature.__name__ for signature in read_run.judge(columns, n)[0]}
-        row.update({name: int(name in found) for name in NAMES}, findings=len(found))
-    every = ("step", *METRICS, *NAMES, "findings")
-    return [{"arm": arm, "seed": seed, **{name: row.get(name, "") for name in every}} for row in rows]
+PAIRS = {arm: ARMS[arm][2] for arm in ARMS if arm not in CONTROLS}  # failing run: its control
+BY_LOSS = {"topk": 1, "tail_topk": 3, "k1": "0.45", "pg": 5, "style_A": 0, "style_B": 0}
 
 
 def run(smoke):
-    seeds = [0] if smoke else [0, 1, 2]
-    upstream = [(name, seed, smoke) for name in ("told", "no_end", "A", "B", "student") for seed in seeds]
-    lesson.in_parallel(model, upstream, "models")
+    seeds = range(1 if smoke else 3)
+    # With --smoke, each worker trains the few models that its runs need.
+    for names in () if smoke else (("opsd", "A", "B", "student"), ("end", "no_end")):
+        lesson.in_parallel(model, [(name, seed, smoke) for name in names for seed in seeds], "models")
     jobs = [(arm, seed, smoke) for arm in ARMS for seed in seeds]
     return [row for rows in lesson.in_parallel(log, jobs, "runs") for row in rows]
 
 
 def logs(rows, arm):
+    """The logs of one arm, one per seed."""
     return [lesson.select(rows, arm=arm, seed=seed) for seed in sorted({row["seed"] for row in rows})]
 
 
-def diagnoses(rows, arm):
-    """[{signature: first step of the finding}, ...], one per seed."""
-    found = [read_run.diagnose(log)[0] for log in logs(rows, arm)]
-    return [{signature.__name__: step for signature, (step, _) in one.items()} for one in found]
+def ends(log):
+    """Means over the first and the last tenth of each column: {column: mean}, {column: mean}."""
+    spans = read_run.spans({name: read_run.series(log, name) for name in METRICS}, len(log))
+    return tuple({name: span[side] for name, span in spans.items()} for side in (0, 1))
 
 
-PANELS = {  # title: column, failing arm, its label
-    "student's mass on the top k": ("student_mass", "topk", "topk, k = 1"),
-    "reverse KL, nats per token": ("reverse_kl", "k1", "k1"),
-    "teacher's log-prob, nats per token": ("teacher_logp", "style", "teacher of style B"),
-    "student's / teacher's entropy": ("ratio", "sign", "wrong sign"),
-    "repetition, share of repeated 4-grams": ("repetition", "no_end", "no end token"),
-    "pi_gap, nats per token": ("pi_gap", "answer", "--pi answer"),
-}
-
-
-def plot(rows, path):
-    names = list(PANELS)
-    title = "Six failures (orange), each in the metric that reveals it, and a healthy run (blue)"
-    figure, panels = lesson.panels(title, [names[:3], names[3:]], (11, 5.6))
-    for name, (column, sick, label) in PANELS.items():
-        panel, (script, _, _, expected) = panels[name], ARMS[sick]
-        for arm, colour in (("rule" if script is opsd else "healthy", 0), (sick, 1)):
-            ours = [dict(row) for row in lesson.select(rows, arm=arm)]
-            for row in ours[:0] if column in METRICS else ours:
-                row[column] = row["student_entropy"] / row["teacher_entropy"] if row["step"] else ""
-            lesson.curve(panel, ours, "step", column, lesson.COLOURS[colour], label if colour else "")
-        since = max((found.get(expected, 0) for found in diagnoses(rows, sick)), default=0)
-        panel.axvline(since, color="0.5", lw=0.8, ls=":")
-        panel.margins(y=0.12)
-        note = {"transform": panel.get_xaxis_transform(), "color": "0.4", "fontsize": 8, "va": "top"}
-        panel.text(since + 1, 1, "found", **note)
-        panel.set_title(name, loc="left")
-        panel.set_xlabel("step")
-    lesson.save(figure, path)
-
-
-def margins(log):
+def quantities(log):
     """{signature: (quantity, threshold, value)} of one log."""
-    ends = read_run.spans({name: read_run.series(log, name) for name in METRICS}, len(log)).items()
-    s, e = ({name: span[side] for name, span in ends} for side in (0, 1))
-    gained, room = (
-        e["eval_accuracy"] - s["eval_accuracy"],
-        s.get("eval_with_pi_accuracy", 1) - s["eval_accuracy"],
-    )
-    gap = [x["student_logp"] - x["teacher_logp"] for x in (s, e)]
-    ratio = e["student_entropy"] / e["teacher_entropy"]
+    start, end = ends(log)
+    gained = end["eval_accuracy"] - start["eval_accuracy"]
+    possible = start.get("eval_with_pi_accuracy", 1) - start["eval_accuracy"]
+    gap = [x["student_logp"] - x["teacher_logp"] for x in (start, end)]
+    ratio = end["student_entropy"] / end["teacher_entropy"]
     return {
-        "mass_leak": ("decrease of `student_mass`", "> 0.1", s["student_mass"] - e["student_mass"]),
-        "no_direction": ("`reverse_kl`, end / start", "> 0.9", e["reverse_kl"] / s["reverse_kl"]),
+        "mass_leak": ("decrease of `student_mass`", "> 0.1", start["student_mass"] - end["student_mass"]),
+        "no_direction": ("`reverse_kl`, end / start", "> 0.9", end["reverse_kl"] / start["reverse_kl"]),
         "mismatch": ("`student_logp` - `teacher_logp`, start", "> 2", gap[0]),
         "teacher_collapse": ("`student_logp` - `teacher_logp`, end", "> 2", gap[1]),
-        "loops": ("increase of `repetition`", "> 0.1", e["repetition"] - s["repetition"]),
+        "loops": ("increase of `repetition`", "> 0.1", end["repetition"] - start["repetition"]),
         "entropy_collapse": ("`student_entropy` / `teacher_entropy`, end", "< 0.25", ratio),
-        "pi_without_accuracy": ("accuracy gain / possible gain", "< 0.1", gained / (room or 1)),
+        "pi_without_accuracy": ("accuracy gain / possible gain", "< 0.1", gained / (possible or 1)),
     }
 
 
+def threshold(panel, y, text, va):
+    panel.axhline(y, color="k", ls=":", lw=1.2)
+    panel.text(100, y, text, ha="right", va=va, fontsize=11)
+
+
+def plot(rows, path):
+    figure, panels = lesson.panels(
+        "Failing runs cross the threshold of a signature; their controls stay far from it",
+        [["mass", "gap"]],
+        (10, 4.2),
+    )
+    rows = [dict(row) for row in rows if row["step"] > 0]
+    for row in rows:
+        row["gap"] = row["student_logp"] - row["teacher_logp"]
+    for panel, column, arms in (
+        (panels["mass"], "student_mass", ("topk", "tail_topk")),
+        (panels["gap"], "gap", ("style_B", "style_A", "k1", "pg")),
+    ):
+        for arm in arms:
+            colour, style = BY_LOSS[arm], "--" if arm in CONTROLS else "-"
+            colour = colour if isinstance(colour, str) else lesson.COLOURS[colour]
+            text = {"style_A": "teacher A", "style_B": "teacher B"}.get(arm, arm)
+            lesson.curve(panel, lesson.select(rows, arm=arm), "step", column, colour, text, ls=style, lw=1.8)
+        panel.set_xlabel("step", fontsize=11)
+        panel.tick_params(labelsize=10)
+    for text in [*panels["mass"].texts, *panels["gap"].texts]:
+        text.set_fontsize(11)
+    start = fmean(ends(log)[0]["student_mass"] for log in logs(rows, "topk"))
+    threshold(panels["mass"], start - 0.1, "mass_leak: start - 0.1", "bottom")
+    threshold(panels["gap"], 2, "mismatch (start),\nteacher_collapse (end)", "top")
+    panels["mass"].set_title("mass on the student's most likely token", loc="left", fontsize=11)
+    panels["gap"].set_title("log p(y) - log q(y), nats per token", loc="left", fontsize=11)
+    lesson.save(figure, path)
+
+
+def findings(rows, arm):
+    """'`signature` (step of each seed)' for what is found at the end, the expected signatures first."""
+    found = [read_run.diagnose(log)[0] for log in logs(rows, arm)]
+    found = [{signature.__name__: step for signature, (step, _) in one.items()} for one in found]
+    for name in sorted(EXPECTED, key=lambda name: arm not in EXPECTED[name]):
+        if any(name in one for one in found):
+            yield f"`{name}` ({', '.join(f'{one[name]:g}' if name in one else '-' for one in found)})"
+
+
+def alarms(rows, arm):
+    """Steps with a finding in a healthy run, which are false alarms: '`signature`: steps of each seed'."""
+    for name in EXPECTED:
+        found = [[f"{row['step']:g}" for row in log if row[name]] for log in logs(rows, arm)]
+        if any(found):
+            yield f"`{name}`: " + "; ".join(" ".join(one) or "-" for one in found)
+
+
 def tables(rows):
-    arms = ["| run | what is different | accuracy | found (since step, per seed) |", "|---|---|---|---|"]
-    for arm, (_, _, words, expected) in ARMS.items():
-        ends = [lesson.select(rows, arm=arm, step=at) for at in (0, max(row["step"] for row in rows))]
-        accuracy = " -> ".join(lesson.spread([row["eval_accuracy"] for row in some]) for some in ends)
-        found, cells = diagnoses(rows, arm), []
-        for name in sorted(NAMES, key=lambda name: name != expected):
-            steps = ", ".join(f"{one[name]:g}" if name in one else "-" for one in found)
-            cells += [f"`{name}` ({steps})"] if any(name in one for one in found) else []
-        arms.append(f"| {arm} | {words} | {accuracy} | {', '.join(cells) or 'nothing'} |")
-    looks = ["| signature | quantity | healthy runs | threshold | failing runs |", "|---|---|---|---|---|"]
-    numbers = {arm: [margins(log) for log in logs(rows, arm)] for arm in ARMS}
-    for name in NAMES:
-        healthy = ["rule"] if name == "pi_without_accuracy" else ["healthy", "pg", "rule"]
-        sick = [arm for arm in ARMS if ARMS[arm][3] == name] or ["k1", "sign"]
-        found = [[one[name] for arm in some for one in numbers[arm]] for some in (healthy, sick)]
-        ends = [f"{min(some)[2]:.3g} to {max(some)[2]:.3g}" for some in found]
-        what, threshold, _ = found[0][0]
-        looks.append(f"| `{name}` | {what} | {ends[0]} | {threshold} | {ends[1]} ({', '.join(sick)}) |")
-    return {"arms": arms, "margins": looks}
+    runs = [["run", "accuracy", "loss", "reverse KL, nats", "found at the end (since step, per seed)"]]
+    words = [["run", "mean KL, nats", "completion after training"]]
+    false = [["control", "steps with a finding, per seed"]]
+    for arm in [arm for pair in PAIRS.items() for arm in pair]:
+        if arm == "pg" and any(line[0] == "`pg`" for line in runs):  # the control of two runs
+            continue
+        both = [ends(log) for log in logs(rows, arm)]
+        cells = [
+            " -> ".join(lesson.spread([one[side][name] for one in both], digits) for side in (0, 1))
+            for name, digits in (("eval_accuracy", 2), ("loss", 2), ("reverse_kl", 2))
+        ]
+        runs.append([f"`{arm}`", *cells, ", ".join(findings(rows, arm)) or "nothing"])
+        first, last = (logs(rows, arm)[0][i] for i in (0, -1))
+        prompt, _, after = last["text"].partition("=")
+        before = first["text"].partition("=")[2]
+        words.append([f"`{arm}`", f"{first['mean_kl']:.3f} -> {last['mean_kl']:.3f}", lesson.quoted(after)])
+        if arm in ("tail_topk", "rule"):  # the students of opd.py have the same initial weights
+            script = "opd.py" if arm == "tail_topk" else "opsd.py"
+            words.insert(len(words) - 2, [f"before training, `{script}`", "", lesson.quoted(before)])
+        if arm in CONTROLS:
+            false.append([f"`{arm}`", ". ".join(alarms(rows, arm)) or "none"])
+    margins = [["signature", "quantity", "threshold", "failing runs", "their controls", "all controls"]]
+    for name, failing in EXPECTED.items():
+        pi = name == "pi_without_accuracy"
+        judged = [arm for arm in CONTROLS if name not in lacking(rows, arm)]
+        groups = failing, dict.fromkeys(PAIRS[arm] for arm in failing), judged
+        found = [[quantities(log)[name] for arm in some for log in logs(rows, arm)] for some in groups]
+        cells = [f"{min(some)[2]:.3g} to {max(some)[2]:.3g}" for some in found]
+        labels = [", ".join(f"`{arm}`" for arm in some) for some in groups[:2]]
+        shown = [f"{cells[0]} ({labels[0]})", f"{cells[1]} ({labels[1]})", "" if pi else cells[2]]
+        margins.append([f"`{name}`", *found[0][0][:2], *shown])
+    found = read_run.diagnose(logs(rows, "k1")[0])[0].items()
+    report = [f"FOUND since step {step:g}: {each.__doc__}: {numbers}" for each, (step, numbers) in found]
+    cells = dict(runs=runs, margins=margins, words=words, false=false)
+    return {k: lesson.table(*v) for k, v in cells.items()} | {"report": ["```text", *report, "```"]}
+
+
+def lacking(rows, arm):
+    """The signatures that cannot be judged in the log of an arm."""
+    return [signature.__name__ for signature in read_run.diagnose(logs(rows, arm)[0])[1]]
 
 
 if __name__ == "__main__":
