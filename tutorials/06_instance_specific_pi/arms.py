@@ -18,12 +18,15 @@ import opsd  # noqa: E402
 TOY = {"brief": "!|", "system": "@|", "answer": "{answer}|", "written": "{answer}~", "shuffled": "{other}|"}
 TOY |= {"pg_gamma_0": TOY["answer"], "pg_gamma_1": TOY["answer"]}
 MORE = {f"pg_gamma_{x}": {"loss": "pg", "gamma": float(x)} for x in (0, 1)}  # the other arms: reverse_kl
-MORE["answer_small_lr"] = {"lr": 2e-5}  # the other arms of the real part: 1e-4
-REAL = {"answer": "The answer is {answer}.", "shuffled": "The answer is {other}."}
-REAL |= {"rule": "Answer in French.", "answer_small_lr": REAL["answer"]}
+REAL = {
+    "answer": "The answer is {answer}.",
+    "shuffled": "The answer is {other}.",
+    "rule": "Answer in French.",
+}
+RATES = 1e-4, 2e-5  # learning rates of the real part
 TEMPLATE = {"toy": "{privileged}{prompt}", "real": "{prompt}\n\n{privileged}"}
 CHAIN = {"^": 0.6, "@": 1, "!": 0, "|": 0, "~": 1}  # share of chains in pre-training: bare prompt, each PI
-SMOL, SHORT, HELD_OUT, TEMPERATURE = lesson.ROOT / ".cache" / "smollm2", 120, 16, 0.7
+SMOL, SHORT, HELD_OUT, TEMPERATURE = lesson.ROOT / ".cache" / "smollm2", 120, 12, 0.7
 
 
 def example(rng):
@@ -113,15 +116,15 @@ def real_rows():
     return rows[:-HELD_OUT], rows[-HELD_OUT:]
 
 
-def real_arm(arm, seed, smoke):
+def real_arm(arm, lr, seed, smoke):
     """Rows of one run on SmolLM2, before and after; with_pi: the teacher's accuracy when it reads the PI."""
     (train, held_out), folder = real_rows(), str(SMOL / "teacher")
-    held_out, n, new_tokens = (held_out[:2], 1, 4) if smoke else (held_out, 2, 32)
+    held_out, n, new_tokens = (held_out[:2], 1, 4) if smoke else (held_out, 2, 24)
     args = {"student": folder, "pi": "instruction", "pi_template": TEMPLATE["real"], "seed": seed}
     args |= {"data": lesson.kept_rows(f"pi_real_{arm}", with_pi(train, REAL[arm])), "eval_every": 0}
-    args |= {"loss": "reverse_kl", "lr": 1e-4, "warmup_steps": 2, "steps": 1 if smoke else 8}
-    args |= {"batch_size": 1 if smoke else 4, "samples_per_prompt": 2 * n, "max_new_tokens": new_tokens}
-    args |= {"temperature": TEMPERATURE, **MORE.get(arm, {})}
+    args |= {"loss": "reverse_kl", "lr": lr, "warmup_steps": 2, "steps": 1 if smoke else 8}
+    args |= {"batch_size": 1 if smoke else 4, "samples_per_prompt": n, "max_new_tokens": new_tokens}
+    args["temperature"] = TEMPERATURE
     sampling, shown = ((seed, 6), n, new_tokens, TEMPERATURE), with_pi(held_out, REAL[arm])
     prompts = [opsd.teacher_prompt(None, shown, i, opsd.Args(**args))[0] for i in range(len(shown))]
     asked = [{**row, "prompt": prompt} for row, prompt in zip(shown, prompts, strict=True)]
@@ -129,4 +132,5 @@ def real_arm(arm, seed, smoke):
         old, new = (measured("real", x, folder, held_out, REAL[arm], *sampling) for x in (folder, final))
     old["with_pi"] = mean(x["right"] for x in lesson.answered(folder, asked, (seed, 6), 1, *sampling[2:]))
     new["closed"] = 1 - new["kl_completion"] / old["kl_completion"]
-    return [{"arm": arm, "seed": seed, "step": step, **x} for step, x in ((0, old), (args["steps"], new))]
+    at = {"arm": arm, "lr": lr, "seed": seed}
+    return [{**at, "step": step, **x} for step, x in ((0, old), (args["steps"], new))]

@@ -14,7 +14,7 @@ import sys
 
 import arms
 import smollm2
-from arms import REAL, TOY, lesson, mean  # arms puts the folders of lesson.py and opsd.py on the path
+from arms import RATES, REAL, TOY, lesson, mean  # arms puts the folders of lesson.py and opsd.py on the path
 
 
 def toy_part(smoke):
@@ -29,14 +29,14 @@ def real_part(smoke):
         print(f"this part needs more packages: {command}\n--only toy runs the other part", file=sys.stderr)
         sys.exit(2)
     smollm2.build(arms.SMOL)
-    seeds = {"answer_small_lr": 2}  # the other arms: 3
-    jobs = [(arm, seed, smoke) for arm in REAL for seed in range(1 if smoke else seeds.get(arm, 3))]
+    seeds, rates = (range(1), RATES[:1]) if smoke else (range(3), RATES)
+    jobs = [(arm, lr, seed, smoke) for seed in seeds for lr in rates for arm in REAL]
     return sum(lesson.in_parallel(arms.real_arm, jobs, "real model"), [])
 
 
-def ends(rows, part, arm):
+def ends(rows, part, arm, lr=""):
     """The rows of an arm before and after training."""
-    ours = lesson.select(rows, part=part, arm=arm)
+    ours = lesson.select(rows, part=part, arm=arm, lr=lr)
     return [lesson.select(ours, step=step) for step in (0, max(x["step"] for x in ours))]
 
 
@@ -62,15 +62,14 @@ def plot(rows, path):
         text.set_fontsize(10)
     if real:
         panel = axes["real"]
-        for x, (arm, colour) in enumerate(zip(REAL, (red, purple, green, red), strict=True)):
-            ys = [100 * row["closed"] for row in ends(rows, "real", arm)[1]]
-            panel.plot([x] * len(ys), ys, "o", color=colour, ms=9, alpha=0.8)
+        for x, (arm, colour) in enumerate(zip(REAL, (red, purple, green), strict=True)):
+            for lr, shift, fill in zip(RATES, (0.15, -0.15), (colour, "none"), strict=True):
+                ys = [100 * row["closed"] for row in lesson.select(real, arm=arm, lr=lr) if row["step"]]
+                panel.scatter([x + shift] * len(ys), ys, s=70, c=fill, edgecolors=colour, linewidths=1.5)
         panel.axhline(0, color="0.5", lw=1)
-        panel.set_xticks(
-            range(len(REAL)), ["the answer", "another\nanswer", "one rule", "the answer,\nlr 2e-5"]
-        )
-        panel.set(ylabel="share of the KL closed, %", xlim=(-0.5, 3.5))
-        panel.set_title("SmolLM2-135M, lr 1e-4 unless stated", fontsize=11, loc="left")
+        panel.set_xticks(range(3), ["the prompt's\nanswer", "another prompt's\nanswer", "one rule\nfor all"])
+        panel.set(ylabel="share of the KL closed, %", xlim=(-0.5, 2.5))
+        panel.set_title("SmolLM2-135M, lr 2e-5 (open), 1e-4 (filled)", fontsize=11, loc="left")
     lesson.save(figure, path)
 
 
@@ -92,8 +91,8 @@ def tables(rows):
     def cells(found, *columns, digits=2):
         return [lesson.spread([x[c] for x in found], digits) for c in columns]
 
-    def arrows(part, arm, *columns, digits=2):
-        return [" → ".join(cells(x, c, digits=digits)[0] for x in ends(rows, part, arm)) for c in columns]
+    def arrows(pair, *columns, digits=2):
+        return [" → ".join(cells(x, c, digits=digits)[0] for x in pair) for c in columns]
 
     two, block = [["", "the teacher writes the sum alone", "the teacher writes the chain"]], ["```text"]
     pairs = {"PI without the answer": ("brief", "system"), "PI with the answer": ("answer", "written")}
@@ -105,19 +104,20 @@ def tables(rows):
     full.append(["before", *cells(before, "accuracy"), "", *cells(before, "chain", "length")])
     for arm in TOY:
         full.append([f"`{arm}`", *cells(ends(rows, "toy", arm)[1], "accuracy", "with_pi", "chain", "length")])
-        kl.append([f"`{arm}`", *arrows("toy", arm, *kls)])
+        kl.append([f"`{arm}`", *arrows(ends(rows, "toy", arm), *kls)])
     for arm, when in (("answer", 0), ("answer", 1), ("pg_gamma_1", 1)):
         text, numbers = tokens(ends(rows, "toy", arm)[when][0])
         block += [f"{arm + (', after' if when else ', before'):18} {text}", f"{'    KL':18} {numbers}"]
-    real, said = [["PI", *kls.values(), "share closed"]], [["PI", "before", "after"]]
-    task = [["PI", "accuracy", "accuracy of the teacher", "length"]]
-    for arm in [x for x in REAL if lesson.select(rows, part="real", arm=x)]:
-        old, new = ends(rows, "real", arm)
-        real.append([f"`{arm}`", *arrows("real", arm, *kls, digits=3), *cells(new, "closed")])
-        length = arrows("real", arm, "length", digits=1)
-        task.append([f"`{arm}`", *arrows("real", arm, "accuracy"), *cells(old, "with_pi"), *length])
-        which = [i for i in (0, 4) if i < len(json.loads(old[0]["text"]))]
-        said += [[f"`{arm}`", marked(old[0], i), marked(new[0], i)] for i in which]
+    real, said = [["PI", "learning rate", *kls.values(), "share closed"]], [["PI", "lr", "before", "after"]]
+    task = [["PI", "learning rate", "accuracy", "accuracy of the teacher", "length"]]
+    for arm, lr in ((arm, lr) for arm in REAL for lr in RATES):
+        if lesson.select(rows, part="real", arm=arm, lr=lr):
+            head, (old, new) = [f"`{arm}`", f"{lr:g}"], ends(rows, "real", arm, lr)
+            real.append([*head, *arrows((old, new), *kls, digits=3), *cells(new, "closed")])
+            length = arrows((old, new), "length", digits=1)
+            task.append([*head, *arrows((old, new), "accuracy"), *cells(old, "with_pi"), *length])
+            which = [i for i in (0, 4) if i < len(json.loads(old[0]["text"]))]
+            said += [[*head, marked(old[0], i), marked(new[0], i)] for i in which]
     found = {"two": two, "kl": kl, "toy": full, "real": real, "task": task, "said": said}
     return {name: lesson.table(*x) for name, x in found.items()} | {"tokens": [*block, "```"]}
 
