@@ -2,9 +2,10 @@
 
 toy   2 x 2: the PI holds the answer or not, and the teacher writes the chain of thought or not. One base
       model per seed, trained to react to each PI, is the initial student and the frozen teacher of each arm.
-real  SmolLM2-135M-Instruct, whose teacher reads the prompt's own answer, that of another prompt, or a rule.
+real  SmolLM2-135M-Instruct, whose teacher reads the prompt's own answer, that of another prompt, or a rule;
+      each at two learning rates.
 
-In both parts the arms (arms.py) differ in the PI, the column `privileged` of the data, and in nothing else.
+Otherwise the arms (arms.py) differ in the PI, the column `privileged` of the data, and in nothing else.
 Two more arms of the toy replace the loss by `pg`, with the advantage of a token (gamma 0) or of all that
 follow too (gamma 1).
 """
