@@ -1,5 +1,6 @@
 """tutorials/lesson.py: what the chapters share must not mislead them."""
 
+import contextlib
 import sys
 
 import pytest
@@ -9,6 +10,8 @@ sys.path.insert(0, str(ROOT / "tutorials"))
 
 import lesson  # noqa: E402
 import toy  # noqa: E402
+
+import opd  # noqa: E402
 
 
 def test_a_cached_model_depends_on_code_and_values(tmp_path, monkeypatch):
@@ -46,6 +49,21 @@ def test_answers_are_sampled_and_graded(tmp_path, monkeypatch):
     logp = lesson.log_probs(model, [x["rollout"].prompt for x in found], [x["ids"] for x in found])
     ids, sampled = [i for x in found for i in x["ids"]], [x for one in found for x in one["rollout"].logp]
     assert logp[range(len(ids)), ids].tolist() == pytest.approx(sampled, abs=1e-4)
+
+
+@pytest.mark.parametrize("last,whole", [(5, True), (2, False)])
+def test_a_run_that_a_signal_stopped_is_an_error(last, whole):
+    """opd.train saves and returns then; a chapter would cache the rows of half a run."""
+
+    class Script:
+        Args = opd.Args
+
+        def train(args):
+            return [{"step": 0}, {"step": last}]
+
+    with contextlib.nullcontext() if whole else pytest.raises(RuntimeError, match="after step 2 of 5"):
+        with lesson.distilled(Script, steps=5) as (log, final):
+            assert whole and log[-1]["step"] == 5 and final.endswith("run/final")
 
 
 def test_labels_at_one_place_are_moved_apart(tmp_path):

@@ -158,9 +158,12 @@ def distilled(script, **args):
     Output and progress bars are suppressed. The folder is removed when the with block ends.
     """
     with tempfile.TemporaryDirectory() as aside:
-        args = {"device": "cpu", **args, "out": f"{aside}/run"}
+        args = script.Args(**{"device": "cpu", **args, "out": f"{aside}/run"})
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield script.train(script.Args(**args)), f"{aside}/run/final"
+            log = script.train(args)
+            if log[-1]["step"] < args.steps:  # it ends normally at a signal; half a run must not be cached
+                raise RuntimeError(f"the run was stopped after step {log[-1]['step']} of {args.steps}")
+            yield log, f"{aside}/run/final"
 
 
 def one_thread():

@@ -1,140 +1,160 @@
-"""How much SFT on the teacher's samples does a student need before on-policy distillation works?
+"""SFT on the teacher's completions, then on-policy distillation: what each phase adds, at equal compute.
 
-OPD only, SFT only, and SFT then OPD, from a teacher of another style, by step and by compute.
+Part toy: the student of chapter 4 and its teacher B, which writes in another style. SFT has a fixed set of n
+completions of the teacher (sft.py). Part real: chapter 4's damaged SmolLM2 and teacher that writes capitals.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tutorials"), str(ROOT / "tutorials" / "04_teacher_mismatch")]
 
+import diagnose  # noqa: E402
 import lesson  # noqa: E402
+import sft  # noqa: E402
 import toy  # noqa: E402
+import upper_case  # noqa: E402
 
 import opd  # noqa: E402
 
-SEEDS, STEPS, BATCH = (0, 1, 2), 200, 32  # STEPS: for OPD only; the other arms use the same compute
-# Cost of a token in forward passes: to sample it, to score it with the teacher, to train (backward = 2).
-SAMPLE, SCORE, TRAIN = 1, 1, 3
-SFT_COST, OPD_COST = SAMPLE + TRAIN, SAMPLE + SCORE + TRAIN  # SFT does not need the teacher's scores
-LR = 1e-3
-ONLY = STEPS * OPD_COST // SFT_COST  # SFT steps for the same compute
-AMOUNTS = (0, 25, 50, 100, 150, ONLY)
+SEEDS, FEW, COUNTS = (0, 1, 2), 300, (100, 300, 1000, 10_000)  # COUNTS: completions of the teacher
+STEPS, SFT_STEPS, LONG = 300, 150, 800  # budget in steps of OPD; SFT before OPD; OPD only goes on to LONG
+SHARES = (0.25, 0.5, 1, 2)  # of the budget, for SFT only
+REAL_SFT = {"opd": 0, "sft": 10, "sft_opd": 5}  # on SmolLM2: SFT steps
+REAL_TOTAL = {"opd": 8, "sft": 10, "sft_opd": 9}  # and all steps; SFT on fresh samples costs 4 a step, OPD 5
+ARMS = {"opd": "OPD only", "sft": "SFT only", "sft_opd": "SFT then OPD"}
+ARMS |= {"same_prompts": "SFT, then OPD on the same prompts"}
+LONG_AT = (0, 50, 100, 200, 300, 400, 600, LONG)
+SCORES = {"accuracy": "accuracy", "on the SFT set": "own_set", "KL to the teacher": "kl"}
+COLOURS = {"opd": lesson.COLOURS[1], "sft": lesson.COLOURS[4], "sft_opd": lesson.COLOURS[6]}
 
 
-def student(seed, smoke):
-    return lesson.toy_model("A", seed, 10) if smoke else lesson.toy_model("A", seed, stop=0.45)
+def sft_arm(n, share, seed, smoke):
+    """SFT only, for a share of the budget."""
+    steps = 2 if smoke else sft.steps_for(share * STEPS * sft.OPD_COST, n)
+    path, row = sft.trained(n, steps, seed, smoke)
+    rows = [{"arm": "sft", "kind": "end", "share": share, **row}]
+    if (n, share) == (FEW, 1):
+        at = {"arm": "sft", "kind": "text", "n": n, "seed": seed, "at": steps}
+        rows += [{**at, **text} for text in sft.texts(path, 3, seed, smoke)]
+    return rows
 
 
-def teacher(seed, smoke):
-    return lesson.toy_model("B", seed + 1_000_000, *([10] if smoke else []))
+def opd_arm(arm, n, seed, smoke):
+    """OPD of the initial student (n = 0), or, for the rest of the budget, of the student after SFT."""
+    path, rows, spent, steps = lesson.student(seed, smoke), [], 0, LONG
+    if n:
+        path, row = sft.trained(n, 2 if smoke else SFT_STEPS, seed, smoke)
+        rows, spent = [{"arm": arm, "kind": "switch", **row}], row["cost"]
+        steps = round(STEPS - spent / sft.OPD_COST)
+    settings = {"steps": 2, "eval_every": 1} if smoke else {"steps": steps, "eval_every": 50}
+    settings |= {"loss": "reverse_kl", "lr": sft.LR, "batch_size": sft.BATCH, "max_new_tokens": 32}
+    settings |= {"student": path, "teacher": lesson.teacher(seed, smoke, "B"), **lesson.data(smoke)}
+    if arm == "same_prompts":
+        settings["data"] = lesson.kept_rows(f"train_{n}", toy.rows(n))
+    at = {"arm": arm, "n": n, "seed": seed}
+    with lesson.distilled(opd, **settings, seed=seed, save_every=STEPS, keep=9) as (log, final):
+        rows += diagnose.evaluations(log, final, at)
+        for t in {settings["steps"], min(STEPS, settings["steps"])}:
+            saved = f"{final}/../step_{t:06}"
+            rows.append({**at, "kind": "end", "at": t, **sft.scores(saved, n, seed, smoke)})
+    return [{"cost": spent + row["at"] * sft.OPD_COST, **row} if "at" in row else row for row in rows]
 
 
-def made(function, seed, smoke):
-    return function(seed, smoke)
+def real_arm(arm, seed, smoke):
+    """One run of opd.py on SmolLM2; the arms differ in --sft_steps, and in --steps for equal compute."""
+    at = {"arm": arm, "seed": seed}
+    return upper_case.run("capitals", at, smoke, REAL_SFT[arm], REAL_TOTAL[arm])
 
 
-def data(smoke):
-    """Paths of the training and held-out problems."""
-    n = 16 if smoke else 256
-    train = lesson.kept_rows("addition_train_20000_0", toy.rows(20_000))
-    return {"data": train, "eval_data": lesson.kept_rows(f"addition_eval_{n}_0", toy.rows(n, held_out=True))}
+def call(function, *args):
+    return function(*args)
 
 
-def arm(sft, seed, smoke):
-    """Rows of one run of opd.py: sft steps on the teacher's samples, then OPD with the remaining compute."""
-    steps = STEPS + sft - round(sft * SFT_COST / OPD_COST)
-    run = {"student": student(seed, smoke), "teacher": teacher(seed, smoke), **data(smoke), "seed": seed}
-    run |= {"steps": 3, "eval_every": 1} if smoke else {"steps": steps, "eval_every": 25}
-    run |= {"loss": "reverse_kl", "lr": LR, "batch_size": BATCH, "max_new_tokens": 32}
-    with lesson.distilled(opd, sft_steps=min(sft, 2) if smoke else sft, **run) as (history, _):
-        rows, passes = [], 0
-        for row in history:
-            on_policy = row["step"] > sft
-            if row["step"]:
-                positions = row["tokens"] + BATCH * len(toy.prompt(100, 100))
-                passes += positions * (OPD_COST if on_policy else SFT_COST)
-            if "eval_accuracy" in row or row["step"] == sft + 1:
-                logp = row.get("teacher_logp", "") if on_policy else ""
-                accuracy = row.get("eval_accuracy", "")
-                at = {"sft": sft, "seed": seed, "step": row["step"], "million_passes": passes / 1e6}
-                rows.append({**at, "accuracy": accuracy, "teacher_logp": logp})
-        return rows
+def run_toy(smoke):
+    seeds, counts, shares = (SEEDS[:1], (FEW,), (1,)) if smoke else (SEEDS, COUNTS, SHARES)
+    lesson.data(smoke)
+    models = [(lesson.teacher, seed, smoke, "B") for seed in seeds]
+    lesson.in_parallel(call, models + [(lesson.student, seed, smoke) for seed in seeds], "models")
+    arms = [(opd_arm, "opd", 0), *((opd_arm, "sft_opd", n) for n in counts), (opd_arm, "same_prompts", FEW)]
+    arms += [*((sft_arm, FEW, share) for share in shares), *((sft_arm, n, 1) for n in counts if n != FEW)]
+    jobs = [(*arm, seed, smoke) for arm in arms for seed in seeds]
+    return sum(lesson.in_parallel(call, jobs, "students"), [])
 
 
-def run(smoke):
-    seeds, amounts = (SEEDS[:1], (0, 2, ONLY)) if smoke else (SEEDS, AMOUNTS)
-    data(smoke)
-    upstream = [(function, seed, smoke) for function in (teacher, student) for seed in seeds]
-    lesson.in_parallel(made, upstream, "models")
-    jobs = [(sft, seed, smoke) for sft in amounts for seed in seeds]
-    return sum(lesson.in_parallel(arm, jobs, "students"), [])
-
-
-def at(rows, column, sft, step=None):
-    """The values of a column at a step, one per seed; None: at the last step, at equal compute."""
-    ours = [row for row in lesson.select(rows, sft=sft) if row[column] != ""]
-    step = max(row["step"] for row in ours) if step is None else step
-    return [row[column] for row in ours if row["step"] == step]
+def run_real(smoke):
+    upper_case.pair()
+    jobs = [("sft_opd", 0, smoke)] if smoke else [(arm, seed, smoke) for seed in SEEDS for arm in COLOURS]
+    return sum(lesson.in_parallel(real_arm, jobs, "SmolLM2"), [])
 
 
 def plot(rows, path):
-    title = "OPD from a teacher of another style works after SFT; at equal compute SFT alone is as accurate"
-    figure, panels = lesson.panels(title, [["curves", "amount", "logp"]], (12, 4.4))
-    *amounts, most = sorted({row["sft"] for row in rows})
-    colours = dict(zip(amounts, (lesson.COLOURS[i] for i in (6, 3, 4, 5, 2, 0)), strict=False))
-    for amount in (*amounts, most):
-        colour, ours = colours.get(amount, lesson.COLOURS[1]), lesson.select(rows, sft=amount)
-        for row in ours:  # seeds differ by a few tokens: use one x for all
-            row["at"] = statistics.fmean(r["million_passes"] for r in ours if r["step"] == row["step"])
-        label = {0: "OPD only", most: "SFT only"}.get(amount, f"SFT {amount:g}")
-        label = {100: f"\n\n{label}", 150: f"{label}\n\n"}.get(amount, label)  # the labels would overlap
-        lesson.curve(panels["curves"], ours, "at", "accuracy", colour, label)
-        if amount < most:
-            pairs = at(rows, "teacher_logp", amount, amount + 1), at(rows, "accuracy", amount)
-            panels["logp"].scatter(*pairs, color=colour, label=f"{amount:g}")
-    ends = [
-        {"sft": a, "end": x, "alone": y}
-        for a in amounts
-        for x, y in zip(at(rows, "accuracy", a), at(rows, "accuracy", most, a), strict=True)
-    ]
-    lesson.curve(
-        panels["amount"], ends, "sft", "end", lesson.COLOURS[0], "\n\n\n\n\nSFT,\nthen\nOPD", marker="o", ms=3
-    )
-    lesson.curve(panels["amount"], ends, "sft", "alone", "0.5", "at the\nswitch", marker="o", ms=3)
-    panels["amount"].axhline(statistics.fmean(at(rows, "accuracy", most)), color=lesson.COLOURS[1], ls="--")
-    panels["logp"].legend(title="SFT steps", frameon=False, fontsize=8)
-    accuracy = "accuracy at T = 1"
-    axes = {
-        "curves": ("Accuracy by compute", "forward passes of one token, millions", accuracy),
-        "amount": ("At equal compute (dashed: SFT only)", "SFT steps", accuracy),
-        "logp": ("By log-prob at the switch", "teacher's log-prob, nats per token", "final accuracy"),
-    }
-    for name, (heading, x, y) in axes.items():
-        panels[name].set_title(heading, fontsize=10, loc="left")
-        panels[name].set(xlabel=x, ylabel=y)
+    title = "OPD after SFT pays when the teacher's completions are few; with 1,000, SFT only is as good"
+    figure, panels = lesson.panels(title, [["curves", "counts"]], (10, 4.4))
+    rows = [{**row, "x": (row["cost"] or 0) / sft.OPD_COST} for row in lesson.select(rows, part="toy")]
+    panels["counts"].set_xscale("log")
+    for arm, colour in COLOURS.items():
+        ours = lesson.select(rows, arm=arm)
+        ends = [row for row in lesson.select(ours, kind="end") if row["n"] and row["share"] in (1, "")]
+        curve = lesson.select(ours, kind="end" if arm == "sft" else "curve")
+        curve = [row for row in curve if row["n"] in (0, FEW)]
+        label = ARMS[arm] + "\n\n\n" * (arm != "opd")  # above its end, clear of the other lines
+        lesson.curve(panels["curves"], curve, "x", "accuracy", colour, label)
+        if ends:
+            lesson.curve(panels["counts"], ends, "n", "accuracy", colour, ARMS[arm], marker="o")
+    axes = {"curves": (f"By compute, {FEW} completions", "compute, in steps of OPD")}
+    axes["counts"] = (f"At equal compute ({STEPS} steps of OPD)", "completions of the teacher for SFT")
+    for name, (heading, x) in axes.items():
+        panels[name].set_title(heading, fontsize=12, loc="left")
+        panels[name].set(xlabel=x, ylabel="accuracy at T = 1", ylim=(-0.03, 1.03))
+        panels[name].tick_params(labelsize=11)
+        for text in (panels[name].xaxis.label, panels[name].yaxis.label, *panels[name].texts):
+            text.set_fontsize(11)
     lesson.save(figure, path)
 
 
 def tables(rows):
-    *amounts, most = sorted({row["sft"] for row in rows})
-    head = ["schedule", "teacher's log-prob of the student's completions at the switch", "accuracy there"]
-    head += [f"accuracy after {STEPS} steps", "accuracy at equal compute"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for amount in (*amounts, most):
-        logp = lesson.spread(at(rows, "teacher_logp", amount, amount + 1), 1) if amount < most else ""
-        steps = min(STEPS, max(row["step"] for row in rows))
-        cells = [
-            at(rows, "accuracy", most, amount if amount < most else None),
-            at(rows, "accuracy", amount, steps),
-            at(rows, "accuracy", amount),
-        ]
-        name = {0: "OPD only", most: "SFT only"}.get(amount, f"{amount:g} SFT steps")
-        lines.append("| " + " | ".join([name, logp, *map(lesson.spread, cells)]) + " |")
-    return {"amount": lines}
+    def cell(column, where):
+        found = [row[column] for row in lesson.select(rows, **where) if row[column] != ""]
+        return lesson.spread(found).replace("-0.00", "0.00") if found else ""  # a smoke run lacks some
+
+    def each(head, lines, columns):  # lines: label -> conditions; columns: head -> (column, conditions)
+        cells = [[x, *(cell(y, at | also) for y, also in columns.values())] for x, at in lines.items()]
+        return lesson.table([head, *columns], *cells)
+
+    def texts(part, i):  # a held-out prompt: the student's completion before training, and after it
+        found = lesson.select(rows, part=part, kind="text", row=i, seed=SEEDS[0])
+        found = [x for x in found if x["n"] in (0, FEW, "") and (x["at"] or x["arm"] == "opd")]
+        found.sort(key=lambda x: (x["at"] > 0, list(ARMS).index(x["arm"])))
+        names = [ARMS[x["arm"]] if x["at"] else "before training" for x in found]
+        cells = [[lesson.quoted(str(x["text"])), f"{x['kl']:.2f}"] for x in found]
+        prompt = found[0]["prompt"].split("<|im_start|>user")[-1].split("<|im_end|>")[0] if found else ""
+        head = ["student", f"completion of {lesson.quoted(prompt)}", "KL to the teacher"]
+        return lesson.table(head, *([name, *pair] for name, pair in zip(names, cells, strict=True)))
+
+    end, run, curve = {"kind": "end"}, {"kind": "run", "at": ""}, {"kind": "curve"}
+    alone, both = {"arm": "sft", "share": 1, **end}, {"arm": "sft_opd", **end}
+    scores = {x: (column, end) for x, column in SCORES.items()}
+    at_end = {"opd": {"at": STEPS}, "sft": {"n": FEW, "share": 1}, "sft_opd": {"n": FEW}, "same_prompts": {}}
+    counts = {"SFT only": ("accuracy", alone), "on the SFT set": ("own_set", alone), "KL": ("kl", alone)}
+    counts |= {"at the switch": ("accuracy", both | {"kind": "switch"}), "gap there": ("gap", both | run)}
+    counts |= {"SFT then OPD": ("accuracy", both), "its KL": ("kl", both)}
+    more = {f"{x * STEPS:g} ({sft.steps_for(x * STEPS * sft.OPD_COST, FEW)})": x for x in SHARES}
+    long = {t: {"part": "toy", "arm": "opd", "at": t} for t in LONG_AT}
+    real = {ARMS[x]: {"part": "real", "arm": x, "at": REAL_TOTAL[x]} for x in COLOURS}
+    closed = {"gap before OPD": ("gap", run), "KL before": ("kl", curve | {"at": 0}), "after": ("kl", curve)}
+    closed |= {"share closed": ("closed", run), "capitals": ("capitals", curve)}
+    return {
+        "few": each("schedule", {ARMS[x]: {"arm": x, **at} for x, at in at_end.items()}, scores),
+        "counts": each("completions", {n: {"n": n} for n in COUNTS}, counts),
+        "more": each("compute", {x: {"arm": "sft", "n": FEW, "share": y} for x, y in more.items()}, scores),
+        "long": each("steps", long, {"accuracy": ("accuracy", curve), "KL to the teacher": ("kl", curve)}),
+        "real": each("schedule", real, closed),
+        "texts": [*texts("toy", 0), "", *texts("toy", 2)],
+        "real_texts": [*texts("real", 0), "", *texts("real", 1)],
+    }
 
 
 if __name__ == "__main__":
-    lesson.main(__file__, run, plot, tables)
+    lesson.main(__file__, {"real": run_real, "toy": run_toy}, plot, tables)
