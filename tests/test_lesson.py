@@ -42,9 +42,11 @@ def test_answers_are_sampled_and_graded(tmp_path, monkeypatch):
     found = lesson.answered(path, rows, (1,), n=2)
     assert [x["row"] for x in found] == [0, 0, 1, 1, 2, 2]
     assert found == lesson.answered(path, rows, (1,), n=2)
-    right = [{**row, "answer": x["text"].split("#")[-1]} for row, x in zip(rows, found[::2], strict=True)]
-    for one, row in zip(lesson.answered(path, right, (1,), n=2)[::2], right, strict=True):
-        assert one["right"] == bool(row["answer"].strip().isdigit())
+    graded = []
+    monkeypatch.setattr(opd, "is_correct", lambda *pair: graded.append(pair) or len(graded) % 2)
+    again = lesson.answered(path, rows, (1,), n=2)
+    assert graded == [(x["text"], rows[x["row"]]["answer"]) for x in found]
+    assert len({row["answer"] for row in rows}) == 3 and [x["right"] for x in again] == [True, False] * 3
     _, model = lesson.load(path)
     logp = lesson.log_probs(model, [x["rollout"].prompt for x in found], [x["ids"] for x in found])
     ids, sampled = [i for x in found for i in x["ids"]], [x for one in found for x in one["rollout"].logp]

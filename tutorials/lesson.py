@@ -130,14 +130,11 @@ def answered(path, rows, key, n=1, max_new_tokens=32, temperature=1.0):
     rollouts = opd.sample(model, prompts, n, stops, key, range(len(rows)), max_new_tokens, temperature)
     found = []
     for i, rollout in enumerate(rollouts):
-        text, answer = (
-            tokenizer.decode(rollout.completion, skip_special_tokens=True),
-            rows[i // n].get("answer"),
-        )
+        text = tokenizer.decode(rollout.completion, skip_special_tokens=True)
+        answer = rows[i // n].get("answer")
         right = answer is not None and bool(opd.is_correct(text, answer))
-        found.append(
-            {"row": i // n, "text": text, "right": right, "ids": rollout.completion, "rollout": rollout}
-        )
+        one = {"row": i // n, "text": text, "right": right}
+        found.append({**one, "ids": rollout.completion, "rollout": rollout})
     return found
 
 
