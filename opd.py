@@ -161,8 +161,8 @@ def train(args, make_teacher=Teacher):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     with autocast:
         teacher.begin(student, data, held_out, tokenizer, stop_ids)
-    weights, decay = student.parameters(), args.weight_decay
-    optimizer = torch.optim.AdamW(weights, args.lr, betas=(0.9, 0.98), weight_decay=decay)
+    options = dict(betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), args.lr, **options)
     done = resume(student, teacher, optimizer, args)  # steps already taken: 0 unless --resume
     history = begin_log(out, done)
 
@@ -272,28 +272,27 @@ def sample(model, prompts, n, stop_ids, key, prompt_keys, max_new_tokens, temper
     row_sample = torch.arange(n, device=device).repeat(len(prompts))  # [R]
     rollouts = [Rollout(prompt, [], [], False) for prompt in prompts for _ in range(n)]
     alive = rollouts  # those still in the batch; it and the tensors of its rows shrink together
-    with few_rows(model):
-        for t in range(max_new_tokens):
-            logp = sampling_logp(logits, temperature, top_p)  # [R,V]
-            cdf = logp.double().exp().cumsum(dim=-1)  # [R,V]; in float32 150,000 terms add up to 1e-5 off
-            u = uniforms(*key, row_prompt, row_sample, t)[:, None] * cdf[:, -1:]  # [R,1]
-            token = torch.searchsorted(cdf, u, right=True).clamp(max=logp.shape[1] - 1)  # [R,1]
-            drawn = zip(alive, token[:, 0].tolist(), logp.gather(-1, token)[:, 0].tolist(), strict=True)
-            for rollout, y, log_p in drawn:
-                rollout.completion.append(y)
-                rollout.logp.append(log_p)
-                rollout.ended = y in stop_ids
-            stay = [i for i, rollout in enumerate(alive) if not rollout.ended]
-            if not stay or t + 1 == max_new_tokens:
-                break
-            if len(stay) < len(alive):
-                alive, stay = [alive[i] for i in stay], torch.tensor(stay, device=device)
-                cache.reorder_cache(stay)
-                token, mask, position = token[stay], mask[stay], position[stay]
-                row_prompt, row_sample = row_prompt[stay], row_sample[stay]
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            hidden = forward(input_ids=token, attention_mask=mask, position_ids=position).last_hidden_state
-            logits, position = project(model, hidden[:, 0]), position + 1
+    for t in range(max_new_tokens):
+        logp = sampling_logp(logits, temperature, top_p)  # [R,V]
+        cdf = logp.double().exp().cumsum(dim=-1)  # [R,V]; in float32 150,000 terms add up to 1e-5 off
+        u = uniforms(*key, row_prompt, row_sample, t)[:, None] * cdf[:, -1:]  # [R,1]
+        token = torch.searchsorted(cdf, u, right=True).clamp(max=logp.shape[1] - 1)  # [R,1]
+        drawn = zip(alive, token[:, 0].tolist(), logp.gather(-1, token)[:, 0].tolist(), strict=True)
+        for rollout, y, log_p in drawn:
+            rollout.completion.append(y)
+            rollout.logp.append(log_p)
+            rollout.ended = y in stop_ids
+        stay = [i for i, rollout in enumerate(alive) if not rollout.ended]
+        if not stay or t + 1 == max_new_tokens:
+            break
+        if len(stay) < len(alive):
+            alive, stay = [alive[i] for i in stay], torch.tensor(stay, device=device)
+            cache.reorder_cache(stay)
+            token, mask, position = token[stay], mask[stay], position[stay]
+            row_prompt, row_sample = row_prompt[stay], row_sample[stay]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        hidden = forward(input_ids=token, attention_mask=mask, position_ids=position).last_hidden_state
+        logits, position = project(model, hidden[:, 0]), position + 1
     return rollouts
 
 
@@ -1173,24 +1172,6 @@ def replaced(forwards):
     finally:
         for module in forwards:
             del module.forward
-
-
-def few_rows_linear(weight, bias, x):
-    """x @ weight.T + bias as (weight @ x.T).T, rows filled up to a multiple of 4, or of 8."""
-    rows = x.reshape(-1, x.shape[-1])  # [R,D]
-    if (r := len(rows)) < 2:
-        return torch.nn.functional.linear(x, weight, bias)
-    if filling := -r % (4 if r < 5 else 8):
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, filling))
-    y = torch.mm(weight, rows.t()).t()[:r].contiguous().view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
-
-
-def few_rows(model):
-    """On a CPU, inside, large linear layers multiply weight @ x.T: faster for few rows on AMD, not Intel."""
-    layers = [x for x in model.modules() if type(x) is torch.nn.Linear and "forward" not in vars(x)]
-    large = [x for x in layers if x.weight.device.type == "cpu" and x.weight.numel() >= 2**16]
-    return replaced({x: functools.partial(few_rows_linear, x.weight, x.bias) for x in large})
 
 
 def recomputing(model, on):

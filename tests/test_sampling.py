@@ -1,7 +1,6 @@
 """What opd.sample promises: it reports the distribution that it draws from, it ends a row where the row ends,
 and a completion does not depend on what else is in the batch."""
 
-import contextlib
 import copy
 import math
 import random
@@ -399,51 +398,6 @@ def test_rows_that_have_ended_leave_the_batch(model, forwards):
 def test_a_prompt_is_prefilled_once_for_all_its_samples(model, forwards, n):
     draw(model, n=n)
     assert forwards[0] == (4, 11) and all(length == 1 for _, length in forwards[1:])
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(rows, 1) for rows in (*range(1, 18), 40)] + [(3, 5), (0, 1)])
-def test_few_rows_of_large_layers_are_multiplied_the_other_way_round(shape, bias):
-    layer, small = torch.nn.Linear(256, 257, bias=bias), torch.nn.Linear(255, 257)
-    model = torch.nn.Sequential(layer, small)
-    x = torch.randn(*shape, 256, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = layer(x)
-        with opd.few_rows(model):
-            assert "forward" in vars(layer) and "forward" not in vars(small)
-            found = layer(x)
-    assert "forward" not in vars(layer)  # scoring multiplies as ever
-    assert found.is_contiguous()
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("rows, multiplied", [(2, 4), (3, 4), (4, 4), (5, 8), (8, 8), (9, 16), (16, 16)])
-def test_few_rows_are_filled_up_and_copied_only_for_that(rows, multiplied, monkeypatch):
-    x, factors, mm = torch.randn(rows, 256), [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda a, b: factors.append(b) or mm(a, b))
-    opd.few_rows_linear(torch.randn(256, 256), None, x)
-    assert factors[0].shape == (256, multiplied)
-    assert (factors[0].data_ptr() == x.data_ptr()) == (rows == multiplied)
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_few_rows_leaves_a_layers_own_forward_and_other_devices_alone(device):
-    layer, other = (torch.nn.Linear(256, 256, device=device) for _ in range(2))
-    layer.forward = own = lambda x: x  # as the hooks of other libraries set it
-    with opd.few_rows(torch.nn.Sequential(layer, other)):
-        assert layer.forward is own and ("forward" in vars(other)) == (device == "cpu")
-    assert layer.forward is own and "forward" not in vars(other)
-
-
-def test_sampling_turns_large_layers_for_the_decoding_steps_only(monkeypatch):
-    model, seen, linear = make_model(0, hidden_size=256), [], opd.few_rows_linear
-    spy = lambda weight, bias, x: seen.append(x.shape) or linear(weight, bias, x)  # noqa: E731
-    monkeypatch.setattr(opd, "few_rows_linear", spy)
-    rollouts = draw(model)
-    assert seen and all(shape[0] <= 8 and shape[1] == 1 for shape in seen if len(shape) == 3)
-    assert not any("forward" in vars(module) for module in model.modules())
-    monkeypatch.setattr(opd, "few_rows", lambda model: contextlib.nullcontext())
-    assert completions(draw(model)) == completions(rollouts)
 
 
 def test_no_forward_follows_the_last_token(model, forwards):

@@ -1,5 +1,5 @@
-"""Where the time of a decoding step goes, in ms: as in opd.sample, with a KV cache that has spare room, and
-with plain linear layers.
+"""Where the time of a decoding step goes, in ms: as in opd.sample, and with a KV cache that has spare
+room.
 
     python tests/bench/decode.py smollm2               # the folder built by tutorials/smollm2.py
     python tests/bench/decode.py smollm2 --compile     # takes minutes and needs a C++ compiler
@@ -9,7 +9,6 @@ one token, but that makes the body (all layers) hardly slower.
 """
 
 import argparse
-import contextlib
 import statistics
 import sys
 import time
@@ -32,10 +31,9 @@ def ms(model, calls, n=20):
     spent = {name: [] for name in calls}
     for _ in range(n + 3):
         for name, call in calls.items():
-            with contextlib.nullcontext() if "plain" in name else opd.few_rows(model):
-                start = time.perf_counter()
-                call()
-                spent[name].append(1000 * (time.perf_counter() - start))
+            start = time.perf_counter()
+            call()
+            spent[name].append(1000 * (time.perf_counter() - start))
     return {name: statistics.median(times[3:]) for name, times in spent.items()}
 
 
@@ -91,10 +89,8 @@ def parts(model, rows, width):
     step, project = decoder(model, rows, width), lambda: opd.project(model, hidden)
     calls = {"body": step, "projection": project, "draw": draw}
     calls["body, cache with room"] = decoder(model, rows, width, Room)
-    calls["body, plain linear layers"] = decoder(model, rows, width)
-    calls["projection, plain linear layer"] = project
     found = ms(model, calls)
-    with opd.few_rows(model), profile(activities=[ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
         for _ in range(5):
             step()
     own = sum(event.self_cpu_time_total for event in seen.key_averages() if event.key == "aten::mm")
@@ -105,11 +101,10 @@ def parts(model, rows, width):
 def compiled_step(model, rows, width, first=3, n=20):
     """-> seconds of the first steps, which include compilation, and the median ms of the later ones."""
     step, spent = decoder(model, rows, width, compiled=True), []
-    with opd.few_rows(model):
-        for _ in range(first + n):
-            start = time.perf_counter()
-            step()
-            spent.append(time.perf_counter() - start)
+    for _ in range(first + n):
+        start = time.perf_counter()
+        step()
+        spent.append(time.perf_counter() - start)
     return sum(spent[:first]), 1000 * statistics.median(spent[first:])
 
 

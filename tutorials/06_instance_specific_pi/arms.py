@@ -116,21 +116,27 @@ def real_rows():
     return rows[:-HELD_OUT], rows[-HELD_OUT:]
 
 
-def real_arm(arm, lr, seed, smoke):
-    """Rows of one run on SmolLM2, before and after; with_pi: the teacher's accuracy when it reads the PI."""
-    (train, held_out), folder = real_rows(), str(SMOL / "teacher")
+def real_arm(arm, seed, smoke):
+    """Rows of a run on SmolLM2 for each learning rate, before and after.
+
+    with_pi: the accuracy of the teacher, which reads the PI. It and the row before do not depend on the rate.
+    """
+    (train, held_out), folder, rates = real_rows(), str(SMOL / "teacher"), RATES[: 1 if smoke else 2]
     held_out, n, new_tokens = (held_out[:2], 1, 4) if smoke else (held_out, 2, 24)
     args = {"student": folder, "pi": "instruction", "pi_template": TEMPLATE["real"], "seed": seed}
     args |= {"data": lesson.kept_rows(f"pi_real_{arm}", with_pi(train, REAL[arm])), "eval_every": 0}
-    args |= {"loss": "reverse_kl", "lr": lr, "warmup_steps": 2, "steps": 1 if smoke else 8}
+    args |= {"loss": "reverse_kl", "warmup_steps": 2, "steps": 1 if smoke else 8}
     args |= {"batch_size": 1 if smoke else 4, "samples_per_prompt": n, "max_new_tokens": new_tokens}
     args["temperature"] = TEMPERATURE
     sampling, shown = ((seed, 6), n, new_tokens, TEMPERATURE), with_pi(held_out, REAL[arm])
     prompts = [opsd.teacher_prompt(None, shown, i, opsd.Args(**args))[0] for i in range(len(shown))]
     asked = [{**row, "prompt": prompt} for row, prompt in zip(shown, prompts, strict=True)]
-    with lesson.distilled(opsd, **args) as (_, final):
-        old, new = (measured("real", x, folder, held_out, REAL[arm], *sampling) for x in (folder, final))
+    old, rows = measured("real", folder, folder, held_out, REAL[arm], *sampling), []
     old["with_pi"] = mean(x["right"] for x in lesson.answered(folder, asked, (seed, 6), 1, *sampling[2:]))
-    new["closed"] = 1 - new["kl_completion"] / old["kl_completion"]
-    at = {"arm": arm, "lr": lr, "seed": seed}
-    return [{**at, "step": step, **x} for step, x in ((0, old), (args["steps"], new))]
+    for lr in rates:
+        with lesson.distilled(opsd, **args, lr=lr) as (_, final):
+            new = measured("real", final, folder, held_out, REAL[arm], *sampling)
+        new["closed"] = 1 - new["kl_completion"] / old["kl_completion"]
+        at = {"arm": arm, "lr": lr, "seed": seed}
+        rows += [{**at, "step": step, **x} for step, x in ((0, old), (args["steps"], new))]
+    return rows

@@ -1,5 +1,6 @@
 """For the real model: two rules with a check for each, trivia questions, and what is measured."""
 
+import functools
 import importlib.util
 import random
 import re
@@ -58,8 +59,13 @@ def trivia(rule):
     return [{**x, "privileged": SYSTEM[rule]} for x in chats]
 
 
-def knowledge(path, rows):
-    """Share of questions whose right answer is likelier, per token, than the answers of the next three."""
+@functools.cache  # the initial model is asked once for all seeds
+def knowledge(path, rule, n):
+    """Share of n questions whose right answer is likelier, per token, than the answers of the next three.
+
+    rule: in the model's prompt, or None.
+    """
+    rows = prompted(rule, trivia(rule)[:n]) if rule else trivia("french")[:n]
     (tokenizer, model), right = lesson.load(path), 0
     model.shares_prompts = True  # the four answers share one pass over the prompt
     for i, row in enumerate(rows):
@@ -102,9 +108,10 @@ def measured(path, rule, seed, smoke, with_rule=False):
     """Columns of the CSV for a model that answers held-out questions, with or without the rule."""
     rows, (n, kl_rows, new_tokens) = trivia(rule)[: 2 if smoke else HELD_OUT], sizes(smoke)
     asked = prompted(rule, rows) if with_rule else rows
+    trivia_score = knowledge(path, rule if with_rule else None, len(rows))
     found = lesson.answered(path, asked[:n], (seed,), 1, new_tokens, TEMPERATURE)
     score = {name: statistics.fmean(follows(name, x["text"]) for x in found) for name in SYSTEM}
-    result = {"score": score.pop(rule), "other_rule": score.popitem()[1], "trivia": knowledge(path, asked)}
+    result = {"score": score.pop(rule), "other_rule": score.popitem()[1], "trivia": trivia_score}
     result["text"] = " // ".join(x["text"] for x in found[:SHOWN])
     if with_rule:
         return result
