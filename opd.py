@@ -13,8 +13,9 @@ update, evaluate. Part 2 is what a run needs: ranks, data, models, checkpoints, 
 speed. Left out on purpose: an inference engine, a teacher server, sharded weights (every rank holds both
 models), tokenizers that differ, multi-turn and multimodal prompts. README.md says where to find those.
 
-Shapes: B prompts, R sampled rows, T completion positions, L positions of prompt and completion, V vocabulary,
-K top-k, D hidden size, N completion tokens of a micro-batch (packed, no padding), n those of one chunk of it.
+Shapes: B sequences, R sampled rows, T completion positions, L positions of prompt and completion, V tokens
+of the vocabulary, K top-k, D hidden size, N completion tokens of a micro-batch (packed, no padding), n those
+of a chunk of it. As an argument, n is the number of completions of each prompt.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -76,9 +78,9 @@ class Args:
     kl_weight: float = arg(0.5, "mixed_kl: weight of the forward KL; the reverse KL has the rest", "[0,1]")
     alpha: float = arg(0.1, "skew_*: share of its first distribution mixed into its second", "(0,1)")
     gamma: float = arg(0.0, "pg: discount of later tokens in the advantage; 1 = sequence-level KL", "[0,1]")
-    mu: float = arg(0.5, "adaptive_kl: probability mass of the teacher's head", "(0,1)")
-    tau: float = arg(1.0, "entropy_aware_kl: teacher entropy, in nats, above which it adds", "[0,inf)")
-    eta: float = arg(1.0, "entropy_aware_kl: weight of the forward KL that it adds", "[0,inf)")
+    mu: float = arg(0.5, "adaptive_kl: the teacher's head is its likeliest tokens up to this mass", "(0,1)")
+    tau: float = arg(1.0, "entropy_aware_kl: adds forward KL above this teacher entropy, nats", "[0,inf)")
+    eta: float = arg(1.0, "entropy_aware_kl: weight of that forward KL", "[0,inf)")
     pg_baseline: str = arg("none", "pg: kl centres the advantage on the prefix's reverse KL", "none|kl")
     pg_clip_reward: float | None = arg(None, "pg: bounds |log q - log p| of a token; biased", "(0,inf)")
     loss_temperature: float = arg(1.0, "student AND teacher logits are divided by this", "[1e-6,inf)")
@@ -91,19 +93,19 @@ class Args:
     seed: int = arg(0, "all randomness is a pure function of this and of what it is drawn for", "[0,4e18]")
     steps: int = arg(150, "total steps, SFT steps included", "[1,1e6)", "optimisation")
     lr: float | None = arg(None, "peak rate (default: 3e-4 for the toy student, else 2e-6)", "(0,1e36)")
-    lr_schedule: str = arg("constant", "after the warm-up; to 0", "constant|linear|cosine")
+    lr_schedule: str = arg("constant", "linear and cosine fall to 0", "constant|linear|cosine")
     warmup_steps: int = arg(5, "linear warm-up from 0", "[0,inf)")
     weight_decay: float = arg(0.0, "AdamW's, on all weights", "[0,inf)")
     max_grad_norm: float = arg(1.0, "gradients are clipped to this global norm; inf = never", "(0,inf]")
-    updates_per_rollout: int = arg(1, "optimizer steps on each batch of rollouts (pg clips)", "[1,inf)")
+    updates_per_rollout: int = arg(1, "optimizer steps on each batch; pg clips its ratios", "[1,inf)")
     ratio_clip: float = arg(0.2, "pg with several updates: the ratio is clipped to 1 -+ this", "(0,inf)")
-    micro_batch_size: int = arg(16, "rows per scoring forward; no effect on the result", "[1,inf)", "memory")
+    micro_batch_size: int = arg(16, "rollouts scored at once; no effect on the result", "[1,inf)", "memory")
     chunk_tokens: int = arg(512, "tokens whose logits exist at one time; no effect on the result", "[1,inf)")
     gradient_checkpointing: bool = arg(False, "recompute activations in backward: less memory, more time")
-    dtype: str = arg("auto", "of matrix products; weights stay float32", "auto|float32|bfloat16")
+    dtype: str = arg("auto", "of matrix products and the teacher; not of weights", "auto|float32|bfloat16")
     device: str = arg("auto", "where to run", "auto|cpu|cuda")
     out: str = arg("runs/opd", "folder for metrics and models", group="evaluation and saving")
-    eval_every: int = arg(50, "evaluate every N steps, at the start and the end; 0 = never", "[0,inf)")
+    eval_every: int = arg(50, "evaluate every N steps, besides start and end; 0 = only then", "[0,inf)")
     eval_samples: int = arg(1, "completions of each held-out prompt: avg@n and pass@n", "[1,inf)")
     save_every: int = arg(0, "write a checkpoint every N steps and after the last; 0 = only then", "[0,inf)")
     show_samples: int = arg(0, "print N of the samples of each evaluation", "[0,8]")
@@ -112,22 +114,17 @@ class Args:
     dry_run: bool = arg(False, "show what student and teacher read, and the memory needed; then stop")
 
 
-class Example(NamedTuple):
-    prompt: list[int]  # token ids that the student reads
-    teacher_prompt: list[int]  # token ids that the teacher reads: the same in OPD, more in OPSD
-    answer: str  # of a held-out row; "" if there is none
-
-
 class Teacher:
-    """The model that scores, and what the loop asks of it. This one reads the student's prompt and is frozen.
-    opsd.py's SelfTeacher reads privileged information, and its weights may follow the student's."""
+    """What scores, as train sees it; other functions get its model as `teacher`. This one is frozen and reads
+    the student's prompt; opsd.py's reads privileged information, and its weights may follow the student's."""
 
-    task, columns, moves = "opd", [], False  # its toy; the data columns it reads; does it follow the student?
+    task, columns = "opd", []  # the toy that --student toy means; data columns to require beside the prompt
+    moves = False  # whether the weights change, and so belong in a checkpoint
 
     def __init__(self, args):
         self.args, self.dtype, self.model = args, args.dtype, None
 
-    def source(self, path):  # of its weights; None: it is the student itself
+    def source(self, path):  # where its weights are; None if it is the student itself
         return path["teacher"]
 
     def prompt(self, tokenizer, rows, i, prompt):  # -> token ids that it reads for row i
@@ -151,13 +148,15 @@ def train(args, make_teacher=Teacher):
     args, device = set_up(args)
     started, out, teacher = clock(device), Path(args.out), make_teacher(args)
     path = resolve_paths(args, teacher.task, device)
-    sources, loading = (path["student"], teacher.source(path)), replace(args, dtype=teacher.dtype)
-    student, teacher.model, tokenizer, stop_ids = load_pair(*sources, loading, device)
-    held_out = [*Examples(path, "eval_data", tokenizer, teacher, args)] if args.eval_data else []
+    sources, teacher_args = (path["student"], teacher.source(path)), replace(args, dtype=teacher.dtype)
+    student, teacher.model, tokenizer, stop_ids = load_pair(*sources, teacher_args, device)
+    held_out = list(Examples(path, "eval_data", tokenizer, teacher, args)) if args.eval_data else []
     data = Examples(path, "data", tokenizer, teacher, args)
     if args.dry_run:
         return describe(student, teacher.model, held_out or data, tokenizer, stop_ids, args)
-    watched = held_out or [data[i] for i in range(min(8, len(data)) if args.eval_every else 0)]
+    watched = held_out
+    if args.eval_every and not held_out:  # the first training prompts, for samples.jsonl only
+        watched = [data[i] for i in range(min(8, len(data)))]
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     with autocast:
         teacher.begin(student, data, held_out, tokenizer, stop_ids)
@@ -171,7 +170,7 @@ def train(args, make_teacher=Teacher):
 
     def evaluated(row):  # the row, with an evaluation of the student and what the teacher measures
         with autocast:
-            if watched:  # without held-out prompts: the first training prompts, for samples.jsonl only
+            if watched:
                 scores, samples = evaluate(student, teacher.model, watched, tokenizer, stop_ids, args)
                 row = {**row, **(scores if held_out else {})}
                 record_samples(samples, row, out, args)
@@ -200,7 +199,7 @@ def train(args, make_teacher=Teacher):
 
             # 2. Score and update: both models score the same completion tokens, each after its own prompt.
             batch = [x for x in batch for _ in range(n)]
-            rollouts = [replace(r, prompt=x.prompt) for r, x in zip(rollouts, batch, strict=True)]
+            rollouts = [replace(r, prompt=x.prompt) for r, x in zip(rollouts, batch, strict=True)]  # not PI
             teacher_prompts = [x.teacher_prompt for x in batch]
             loss = LOSSES[args.loss] if step > args.sft_steps else SFT
             updates = []
@@ -210,7 +209,7 @@ def train(args, make_teacher=Teacher):
                     updates.append(update(*inputs))
             teacher.follow(student, step)
 
-            # 3. Evaluate, log, save.
+            # 3. Evaluate, log, save. Of several updates the first is logged: it scored what sampled.
             row = {"step": step, **updates[0], **rollout_metrics(rollouts, device), **seconds}
             row.update(teacher.measure(row, evaluating=False), lr=lr_at(step, args))
             row.update(tokens_per_s=row["tokens"] / (clock(device) - begin), peak_mem_gb=peak_gb(device))
@@ -253,7 +252,7 @@ def sample(model, prompts, n, stop_ids, key, prompt_keys, max_new_tokens, temper
     """n completions of each prompt (lists of token ids) -> list of Rollouts, the n of the first prompt first.
 
     Completion i of a prompt draws its token at position t with uniforms(*key, prompt's key, i, t): the same
-    tokens in any order, batch size and number of ranks. Prompts are left-padded, and prefilled once for their
+    number in any order, batch size and number of ranks. Prompts are left-padded, and prefilled once for their
     n completions; the rows that finished leave the batch.
     """
     device, width = model.device, max(map(len, prompts))
@@ -263,20 +262,22 @@ def sample(model, prompts, n, stop_ids, key, prompt_keys, max_new_tokens, temper
     position = (mask.cumsum(dim=1) - 1).clamp(min=0)  # [B,width]
     cache = DynamicCache(config=model.config)
     forward = functools.partial(body_of(model), past_key_values=cache, use_cache=True)
-    hidden = forward(input_ids=ids, attention_mask=mask, position_ids=position).last_hidden_state  # [B,L,D]
+    hidden = forward(
+        input_ids=ids, attention_mask=mask, position_ids=position
+    ).last_hidden_state  # [B,width,D]
     logits = project(model, hidden[:, -1]).repeat_interleave(n, dim=0)  # [R,V]
     cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))
     mask = mask.repeat_interleave(n, dim=0)  # [R,width]
     position = lengths.repeat_interleave(n)[:, None]  # [R,1]
-    row_prompt = torch.tensor(prompt_keys, device=device).repeat_interleave(n)  # [R]
-    row_sample = torch.arange(n, device=device).repeat(len(prompts))  # [R]
+    row_key = torch.tensor([(k, i) for k in prompt_keys for i in range(n)], device=device)  # [R,2]
     rollouts = [Rollout(prompt, [], [], False) for prompt in prompts for _ in range(n)]
     alive = rollouts  # those still in the batch; it and the tensors of its rows shrink together
     for t in range(max_new_tokens):
         logp = sampling_logp(logits, temperature, top_p)  # [R,V]
         cdf = logp.double().exp().cumsum(dim=-1)  # [R,V]; in float32 150,000 terms add up to 1e-5 off
-        u = uniforms(*key, row_prompt, row_sample, t)[:, None] * cdf[:, -1:]  # [R,1]
-        token = torch.searchsorted(cdf, u, right=True).clamp(max=logp.shape[1] - 1)  # [R,1]
+        u = uniforms(*key, *row_key.unbind(-1), t)[:, None] * cdf[:, -1:]  # [R,1]
+        token = torch.searchsorted(cdf, u, right=True)  # [R,1]
+        token = token.clamp(max=logp.shape[1] - 1)  # u may have been rounded up to the end of the cdf
         drawn = zip(alive, token[:, 0].tolist(), logp.gather(-1, token)[:, 0].tolist(), strict=True)
         for rollout, y, log_p in drawn:
             rollout.completion.append(y)
@@ -286,13 +287,12 @@ def sample(model, prompts, n, stop_ids, key, prompt_keys, max_new_tokens, temper
         if not stay or t + 1 == max_new_tokens:
             break
         if len(stay) < len(alive):
-            alive, stay = [alive[i] for i in stay], torch.tensor(stay, device=device)
-            cache.reorder_cache(stay)
-            token, mask, position = token[stay], mask[stay], position[stay]
-            row_prompt, row_sample = row_prompt[stay], row_sample[stay]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            alive, kept = [alive[i] for i in stay], torch.tensor(stay, device=device)
+            cache.reorder_cache(kept)
+            token, mask, position, row_key = token[kept], mask[kept], position[kept], row_key[kept]
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)  # [R,width+t+1]
         hidden = forward(input_ids=token, attention_mask=mask, position_ids=position).last_hidden_state
-        logits, position = project(model, hidden[:, 0]), position + 1
+        logits, position = project(model, hidden[:, 0]), position + 1  # [R,V], [R,1]
     return rollouts
 
 
@@ -354,30 +354,32 @@ LOSSES = {
     "k3": ("sampled", lambda args, p, q, *_: losses.k3(p, q)),
     "pg": ("sampled", lambda args, p, q, *a: losses.policy_gradient(p, *a, args.ratio_clip)),
 }
-SFT = ("sampled", lambda args, p, *_: -p)  # cross-entropy: a loss only on the teacher's samples
+SFT = ("sampled", lambda args, p, *_: -p)  # cross-entropy of the sampled tokens, which are the teacher's
 
 
 def token_loss(loss, student_logits, teacher_logits, tokens, advantage, behaviour_logp, args):
     """One loss per token, [n], from the logits [n,V] of both models."""
     (family, call), s, t = loss, student_logits, teacher_logits
     if args.loss_temperature != 1:  # 1 would copy [n,V] for nothing
-        s, t = s / args.loss_temperature, t / args.loss_temperature  # both, or neither
+        s, t = s / args.loss_temperature, t / args.loss_temperature  # [n,V]; both, or neither
     if family == "full":
         return call(args, s, t)
     if family == "top-k":
         topk_ids, teacher_topk_logp, valid = losses.topk_support(s, t, args.topk, args.topk_source)
         return call(args, s, teacher_topk_logp, topk_ids, valid)
-    student_logp, teacher_logp = (x.log_softmax(-1).gather(-1, tokens[:, None])[:, 0] for x in (s, t))
+    student_logp, teacher_logp = (x.log_softmax(-1).gather(-1, tokens[:, None])[:, 0] for x in (s, t))  # [n]
     return call(args, student_logp, teacher_logp, advantage, behaviour_logp)
 
 
 @torch.no_grad()
 def advantages(student, hidden, teacher, teacher_hidden, tokens, sizes, args):
     """pg's advantage of each completion token, [N]. It sums along a row, so no single chunk can give it."""
-    columns, chunks = [], (x.split(args.chunk_tokens) for x in (hidden, teacher_hidden, tokens[:, None]))
-    for h, h_q, y in zip(*chunks, strict=True):
-        s, t = (project(m, x) / args.loss_temperature for m, x in ((student, h), (teacher, h_q)))  # [n,V]
-        logps = (x.log_softmax(-1).gather(-1, y)[:, 0] for x in (s, t))
+    columns = []
+    for start in range(0, len(tokens), args.chunk_tokens):
+        chunk = slice(start, start + args.chunk_tokens)
+        s = project(student, hidden[chunk]) / args.loss_temperature  # [n,V]
+        t = project(teacher, teacher_hidden[chunk]) / args.loss_temperature  # [n,V]
+        logps = (x.log_softmax(-1).gather(-1, tokens[chunk, None])[:, 0] for x in (s, t))  # [n] each
         columns.append(torch.stack([*logps, losses.reverse_kl(s, t)], dim=-1))  # [n,3]
     rows = torch.nn.utils.rnn.pad_sequence(torch.cat(columns).split(sizes), batch_first=True)  # [B,T,3]
     ends = torch.tensor(sizes, device=hidden.device)[:, None]  # [B,1]
@@ -399,8 +401,9 @@ def token_metrics(student_logits, teacher_logits, tokens, args):
     log_p, log_q = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)  # [n,V]
     p, q, gap = log_p.exp(), log_q.exp(), log_p - log_q
     topk_ids, _, valid = losses.topk_support(log_p, log_q, args.topk, args.topk_source)  # [n,K]
-    shared = losses.topk_support(log_p, log_q, args.topk, "intersection")[2]  # [n,k]
-    kls, entropies = ((p * gap).sum(-1), -(q * gap).sum(-1)), (-(p * log_p).sum(-1), -(q * log_q).sum(-1))
+    shared = losses.topk_support(log_p, log_q, args.topk, "intersection")[2]  # [n,topk]
+    kls = (p * gap).sum(-1), -(q * gap).sum(-1)  # [n] each, as all that follows
+    entropies = -(p * log_p).sum(-1), -(q * log_q).sum(-1)
     masses = ((x.gather(-1, topk_ids) * valid).sum(-1) for x in (p, q))
     logps = (x.gather(-1, tokens[:, None])[:, 0] for x in (log_p, log_q))
     return torch.stack([*kls, *entropies, *masses, *logps, shared.float().mean(-1)])
@@ -476,11 +479,11 @@ def update(student, teacher, rollouts, teacher_prompts, loss, optimizer, args, s
 
 
 def evaluate(student, teacher, examples, tokenizer, stop_ids, args):
-    """-> scores: eval_accuracy (avg@n), eval_pass (pass@n), eval_len, with a teacher eval_reverse_kl of whole
-    completions and of each third; and the first 8 rollouts as text. The random numbers are the same every
-    time: two evaluations differ by the weights alone."""
+    """-> scores: eval_accuracy (avg@n), eval_pass (pass@n), eval_len and, given a teacher, eval_reverse_kl of
+    all tokens and of each third of the completions; and the first 8 rollouts as text. The random numbers are
+    the same every time: two evaluations differ by the weights alone."""
     n, (rank, world), limits = args.eval_samples, ranks(), (args.max_new_tokens, args.temperature, args.top_p)
-    found, key, mine = [], (~args.seed, 0), range(rank, len(examples), world)
+    found, mine, key = [], range(rank, len(examples), world), (~args.seed, 0)  # < 0: not a key of training
     group = max(n, args.micro_batch_size, args.batch_size * args.samples_per_prompt // world) // n  # prompts
     for which in (mine[i : i + group] for i in range(0, len(mine), group)):
         rollouts = sample(student, [examples[i].prompt for i in which], n, stop_ids, key, which, *limits)
@@ -490,7 +493,7 @@ def evaluate(student, teacher, examples, tokenizer, stop_ids, args):
             micro = slice(k, k + args.micro_batch_size)
             inputs = (rollouts[micro], [x.teacher_prompt for _, x in rows[micro]], LOSSES["reverse_kl"])
             metrics, _ = distill(student, teacher, *inputs, args, None)  # [10,N]
-            kls[micro] = metrics[1].cpu().split([len(r.completion) for r in rollouts[micro]])
+            kls[micro] = metrics[1].cpu().split([len(r.completion) for r in rollouts[micro]])  # reverse_kl
         found += [grade(*row, r, kl, tokenizer) for row, r, kl in zip(rows, rollouts, kls, strict=True)]
     found = gather(found)  # of all ranks
     return scores(found, n), [sample for row, *_, sample in found[::n] if row < 8]
@@ -520,10 +523,12 @@ def set_up(args):
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("highest")  # NVIDIA's containers turn TF32 on: 10 bits of a logit
     else:
         keep_freed_memory()
     if (ranks()[1] > 1 or cuda and "RANK" in os.environ) and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        patience = timedelta(hours=2)  # nccl's 10 minutes are too few where rank 0 saves a large model
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience)
     return args, device
 
 
@@ -545,12 +550,14 @@ def gather(entries):
 
 @contextlib.contextmanager
 def deferred_signals():
-    """SIGTERM and Ctrl-C are noted in the list that this yields, so that a step can finish; twice kills."""
+    """SIGTERM and Ctrl-C are noted in the list that this yields, so that a step can finish. A second Ctrl-C
+    kills; a second SIGTERM may come at once, from a torchrun that Slurm signals as well as its ranks."""
     noted = []
 
     def note(number, _):
         noted.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     with contextlib.ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -606,6 +613,12 @@ def load_rows(path, flag, columns):
     return rows
 
 
+class Example(NamedTuple):
+    prompt: list[int]  # token ids that the student reads
+    teacher_prompt: list[int]  # token ids that the teacher reads: the same in OPD, more in OPSD
+    answer: str  # of a held-out row; "" if there is none
+
+
 class Examples:
     """The rows of a data set, each encoded when it is read; the first 1,000 are checked at once."""
 
@@ -614,16 +627,16 @@ class Examples:
         self.rows, self.where = load_rows(path[flag], flag, columns), f"--{flag} {path[flag]}"
         self.tokenizer, self.teacher, self.limit = tokenizer, teacher, args.max_prompt_tokens
         specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        held, first = [], range(min(len(self), 1000))
-        for i in first:
-            row = self[i] and self.rows[i]
+        n, found = min(len(self), 1000), []
+        for i in range(n):
+            self[i]  # encoded only to see that it can be
+            row = self.rows[i]
             chat = [x["content"] for x in row["prompt"] if isinstance(x, dict)]  # a raw prompt may hold them
             text = str([chat, *map(row.get, ("answer", "solution", "privileged"))])
-            held += [i] * any(token in text for token in specials)
-        if held:
-            many = (
-                f"{len(held)} of the first {len(first)} rows hold special tokens as text, row {held[0]} first"
-            )
+            if any(token in text for token in specials):
+                found.append(i)
+        if found:
+            many = f"{len(found)} of the first {n} rows hold special tokens as text, row {found[0]} first"
             why = "they become control tokens, and may end a turn early on one side only"
             say(f"{self.where}: {many}; {why}", sys.stderr)
 
@@ -642,18 +655,16 @@ class Examples:
 
 def encode_prompt(tokenizer, prompt, limit=math.inf):
     """Token ids of a string as it is, or of chat messages through the template, up to the assistant turn."""
-    chat, ids = isinstance(prompt, list), []
-    known = chat or isinstance(prompt, str)
-    need(known, f"a prompt must be a string or a list of chat messages, not {prompt!r}")
-    no_template = chat and not tokenizer.chat_template
-    need(not no_template, "chat messages, but the tokenizer has no chat template; give strings")
-    if chat and prompt and all(m["role"] and m.get("content") for m in prompt):
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-    elif prompt and not chat:
-        ids = tokenizer(prompt).input_ids
+    if isinstance(prompt, list):
+        need(tokenizer.chat_template, "chat messages, but the tokenizer has no chat template; give strings")
+        filled = prompt and all(m["role"] and m.get("content") for m in prompt)
+        ids = filled and tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    else:
+        need(isinstance(prompt, str), f"a prompt must be a string or a list of chat messages, not {prompt!r}")
+        ids = prompt and tokenizer(prompt).input_ids
     need(ids, "the prompt is empty; remove the row")
-    n, remedy = len(ids), f"raise --max_prompt_tokens {limit} or remove the row"
-    need(n <= limit, f"the prompt has {n} tokens; {remedy}")
+    remedy = f"raise --max_prompt_tokens {limit} or remove the row"
+    need(len(ids) <= limit, f"the prompt has {len(ids)} tokens; {remedy}")
     return ids
 
 
@@ -678,14 +689,16 @@ def batch_of(step, data, args):
 
 def extract_answer(text, otherwise=None):
     """A text's last \\boxed{...}, else what follows its last ####, else its last number or what is given."""
-    start, depth = text.rfind("\\boxed{") + len("\\boxed{"), 1
-    for end in range(start, len(text)) if "\\boxed{" in text else ():
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
+    _, boxed, inside = text.rpartition("\\boxed{")
+    depth = 1
+    for end, character in enumerate(inside if boxed else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
-            return text[start:end].strip()
+            return inside[:end].strip()
+    if "####" in text:
+        return text.rsplit("####", 1)[1].strip()
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
-    last = otherwise if otherwise is not None else numbers[-1] if numbers else None
-    return text.rsplit("####", 1)[1].strip() if "####" in text else last
+    return numbers[-1] if numbers and otherwise is None else otherwise
 
 
 def is_correct(completion, answer):
@@ -698,32 +711,35 @@ def is_correct(completion, answer):
 
 
 def grade(row, example, rollout, kl, tokenizer):
-    """-> what evaluate counts of one rollout, and the sample it makes; kl: of each of its tokens, [T]."""
+    """-> what evaluate counts of one rollout, and its line of samples.jsonl; kl: of its tokens, or empty."""
     completion = tokenizer.decode(rollout.completion, skip_special_tokens=True)
     right = is_correct(completion, example.answer) if example.answer else None
-    thirds = [(kl.sum().item(), len(kl)), *((x.sum().item(), len(x)) for x in kl.tensor_split(3))]
-    read = {"prompt": example.prompt, "teacher_prompt": example.teacher_prompt}
-    if example.teacher_prompt == example.prompt:
-        del read["teacher_prompt"]
-    ids = {**read, "completion": rollout.completion} if row < 8 else {}  # only they are kept as text
-    kls = {"mean_kl": kl.mean().item(), "max_kl": kl.max().item()} if len(kl) else {}
-    sample = {"row": row, **{name: tokenizer.decode(x) for name, x in ids.items()}}
-    sample.update(answer=example.answer, right=right, **kls)
-    return row, right, len(rollout.completion), thirds, sample
+    kls = [(x.sum().item(), len(x)) for x in (kl, *kl.tensor_split(3))]  # of the whole, of each third
+    if row >= 8:  # only the first 8 are kept as text
+        return row, right, len(rollout.completion), kls, None
+    sample = {"row": row, "prompt": tokenizer.decode(example.prompt)}
+    if example.teacher_prompt != example.prompt:
+        sample["teacher_prompt"] = tokenizer.decode(example.teacher_prompt)
+    sample.update(completion=tokenizer.decode(rollout.completion), answer=example.answer, right=right)
+    if len(kl):
+        sample.update(mean_kl=kl.mean().item(), max_kl=kl.max().item())
+    return row, right, len(rollout.completion), kls, sample
 
 
 def scores(found, n):
     """The metrics of an evaluation from what grade returned, n for each row, over all ranks."""
-    right, metrics = [x[1] for x in found if x[1] is not None], {}
+    _, right, lengths, kls, _ = zip(*found, strict=True)
+    metrics = {"eval_len": sum(lengths) / len(lengths)}
+    right = [x for x in right if x is not None]  # None: a row without an answer
     if right:
         passed = [any(right[i : i + n]) for i in range(0, len(right), n)]
-        metrics = {"eval_accuracy": sum(right) / len(right), "eval_pass": sum(passed) / len(passed)}
+        metrics.update(eval_accuracy=sum(right) / len(right), eval_pass=sum(passed) / len(passed))
     names = ("eval_reverse_kl", "eval_reverse_kl_first", "eval_reverse_kl_middle", "eval_reverse_kl_last")
-    kls = torch.tensor([x[3] for x in found], dtype=torch.float64).sum(0)  # [4,2]: their sum, and of how many
-    for name, (total, count) in zip(names, kls.tolist(), strict=True):
-        if count:  # a completion of one token has a first third only
-            metrics[name] = total / count
-    return {**metrics, "eval_len": sum(x[2] for x in found) / len(found)}
+    sums = torch.tensor(kls, dtype=torch.float64).sum(0)  # [4,2]: sum of the KLs, number of tokens
+    for name, (total, tokens) in zip(names, sums.tolist(), strict=True):
+        if tokens:  # a completion of one token has a first third only
+            metrics[name] = total / tokens
+    return metrics
 
 
 # ----------------------------------------------------------------------------------------------------- models
@@ -743,20 +759,19 @@ def load_model(path, flag, dtype, device):
 
 def load_pair(student_path, teacher_path, args, device):
     """-> student, teacher, tokenizer, stop_ids; refuses models that cannot score the same tokens."""
-    # A bfloat16 weight would swallow every update smaller than its 256th part: the student's are float32.
+    # bfloat16 rounds away an update below 1/256 of the weight, so the student's weights are float32.
     tokenizer, student = load_model(student_path, "student", torch.float32, device)
     teacher = student
     if teacher_path:  # None: the student is its own teacher, in one copy
         _, teacher = load_model(teacher_path, "teacher", getattr(torch, args.dtype), device)
         teacher.requires_grad_(False)
         teacher.get_output_embeddings().float()  # logits are made in float32: see project
-    tokenizers = tokenizer, teacher.tokenizer
-    ours, theirs = ({i: token for token, i in t.get_vocab().items()} for t in tokenizers)
+    ours, theirs = ({i: token for token, i in m.tokenizer.get_vocab().items()} for m in (student, teacher))
     i = min((i for i in {*ours, *theirs} if ours.get(i) != theirs.get(i)), default=0)  # where they part
     differs = f"token {i} is {theirs.get(i)!r} here, {ours.get(i)!r} in --student {args.student}"
     remedy = "choose two models of one family"
     need(ours == theirs, f"--teacher {args.teacher}: not the student's tokenizer: {differs}; {remedy}")
-    vocab, stop_ids = max(ours) + 1, {t.eos_token_id for t in tokenizers}
+    vocab, stop_ids = max(ours) + 1, set()
     need(args.topk <= vocab, f"--topk {args.topk}: must be in 1..{vocab}, the size of the vocabulary")
     for flag, model in (("student", student), ("teacher", teacher)):
         where = f"--{flag} {getattr(args, flag)}"
@@ -767,10 +782,10 @@ def load_pair(student_path, teacher_path, args, device):
         need(fits, f"{both}: the {flag} has {positions(model)} positions for both together; lower one")
         # A base model and its instruct sibling end their turns differently. All ends count: a student that
         # learns an end from its teacher that is not in this list would never stop.
-        ends = model.generation_config.eos_token_id if model.generation_config else None
-        stop_ids |= set(ends) if isinstance(ends, list | tuple) else {ends}
+        ends = getattr(model.generation_config, "eos_token_id", None)  # one, a list, or None
+        stop_ids |= {model.tokenizer.eos_token_id, *(ends if isinstance(ends, list | tuple) else [ends])}
         template, options = model.tokenizer.apply_chat_template, json.loads(args.chat_template_kwargs or "{}")
-        model.tokenizer.apply_chat_template = functools.partial(template, **options)
+        model.tokenizer.apply_chat_template = functools.partial(template, **options)  # for all later calls
     return student, teacher, tokenizer, sorted(i for i in stop_ids if i is not None and i < vocab)
 
 
@@ -791,26 +806,26 @@ def project(model, hidden):
     states, so that all it does after its body (Granite's scale, Gemma's soft cap, a bias) is done. bfloat16
     logits have 8 bits, and their divergences errors as large as what is measured, some of them negative."""
     body, vocab = body_of(model), getattr(model, "vocab_in_use", None)
-    if not hasattr(model, "body_output"):  # a model's head may look for more in it than hidden states
+    if not hasattr(model, "body_output"):  # its forward may read more of the body's output than hidden states
         one = torch.zeros(1, 1, dtype=torch.long, device=hidden.device)
         with torch.no_grad():
             model.body_output = body(input_ids=one, use_cache=False)
-    states = type(model.body_output)(**{**model.body_output, "last_hidden_state": hidden.float()[None]})
+    states = replace(model.body_output, last_hidden_state=hidden.float()[None])  # [1,N,D]
     with replaced({body: lambda *_, **__: states}), torch.autocast(hidden.device.type, enabled=False):
-        return model(inputs_embeds=states[0], use_cache=False).logits[0, :, :vocab].float()
+        return model(inputs_embeds=states.last_hidden_state, use_cache=False).logits[0, :, :vocab].float()
 
 
 @torch.no_grad()
 def check_model(model, vocab, sample=sample):
-    """UserError unless sample, with body, cache and head apart, draws from the model's own distribution."""
-    rows, name = model.get_output_embeddings().weight.shape[0], type(model).__name__
-    small = f"{vocab} tokens in the tokenizer, {rows} in the model; resize the model's embeddings"
-    need(rows >= vocab, small)
+    """UserError unless the log-probabilities of sample, calling body, cache and head one by one, are those
+    of one forward of the whole model."""
+    size = model.get_output_embeddings().weight.shape[0]
+    need(size >= vocab, f"{vocab} tokens in the tokenizer, {size} in the model; resize its embeddings")
     model.vocab_in_use = vocab  # models of one family pad their vocabularies differently: both are cut
     bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
     ids, gaps = list(range(min(8, vocab))), []
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        # Prompts of unequal length, and rows that finish early. (sample: not what a tutorial may patch in.)
+        # Prompts of unequal length, and rows that finish early. (sample: not a tutorial's patch of it.)
         rollouts = sample(model, [ids[:3], ids], 2, list(range(0, vocab, 8)), (0, 0), (0, 1), 6)
         rows = [torch.tensor(r.prompt + r.completion, device=model.device) for r in rollouts]
         rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [R,L], padded on the right
@@ -818,11 +833,12 @@ def check_model(model, vocab, sample=sample):
         own = logits.float().log_softmax(-1)  # [R,L,V], by one forward of the whole model
         need(not own.isnan().any(), "its logits are not finite: damaged weights; use another copy")
         for logp, r in zip(own, rollouts, strict=True):
+            # The causal shift once more, on its own: this checks the other.
             drawn = zip(logp[len(r.prompt) - 1 :], r.completion, r.logp, strict=False)
             gaps += [abs(logp_t[y].item() - reported) for logp_t, y, reported in drawn]
-        why = f"{name} is not causal, has another kind of cache, or logits made of more than hidden states"
+        why = "is not causal, has another kind of cache, or logits made of more than hidden states"
         exact = sum(gaps) / len(gaps) <= (0.5 if bf16 else 5e-5) * own.std().item()
-        need(exact, f"this architecture cannot be used ({why}); use another model")
+        need(exact, f"this architecture cannot be used ({type(model).__name__} {why}); use another model")
         model.shares_prompts = can_share_prompts(model, 0.05 if bf16 else 1e-4)
 
 
@@ -884,14 +900,14 @@ def checkpoints(out):
 
 
 FREE_ON_RESUME = (  # what a resumed run may change: nothing that enters the arithmetic of steps already taken
-    "out eval_data eval_every eval_samples save_every keep resume device micro_batch_size "
+    "out eval_data eval_every eval_samples save_every keep resume device max_prompt_tokens micro_batch_size "
     "chunk_tokens gradient_checkpointing show_samples dry_run"
 ).split()
 
 
 def resume(student, teacher, optimizer, args):
     """With --resume, put the newest whole checkpoint's weights and moments in place -> its steps; else 0."""
-    folders = checkpoints(args.out) if args.resume else []
+    folders, step = checkpoints(args.out) if args.resume else [], 0
     for folder in folders:
         try:
             state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
@@ -900,13 +916,12 @@ def resume(student, teacher, optimizer, args):
                 raise ValueError("of another step, or without moments")
             weights = load_model(folder, "out", torch.float32, "cpu")[1].state_dict()
         except Exception as error:  # whatever a torn file makes its reader raise
-            say(
-                f"{folder}: not a whole checkpoint ({type(error).__name__}); trying the one before",
-                file=sys.stderr,
-            )
+            why = f"not a whole checkpoint ({type(error).__name__})"
+            say(f"{folder}: {why}; trying the one before", sys.stderr)
+            step = 0
             continue
-        free = [*FREE_ON_RESUME, *["steps"] * (args.lr_schedule == "constant")]
-        for name in sorted({*made_with, *asdict(args)} - {*free}):
+        free = {*FREE_ON_RESUME, "steps"} if args.lr_schedule == "constant" else {*FREE_ON_RESUME}
+        for name in sorted({*made_with, *asdict(args)} - free):
             was, now = made_with.get(name), getattr(args, name, None)
             this = f"--{name} {now}: the run in --out {args.out} was made with {was}"
             need(was == now, f"{this}; resume with that, or choose another --out")
@@ -916,33 +931,36 @@ def resume(student, teacher, optimizer, args):
         if teacher.moves:
             teacher.model.load_state_dict(state["teacher"])
         optimizer.load_state_dict(state["optimizer"])
-        return step
-    need(not folders, f"--out {args.out}: none of its checkpoints is whole; choose another --out")
-    return 0
+        break
+    need(step or not folders, f"--out {args.out}: none of its checkpoints is whole; choose another --out")
+    total = all_reduce(torch.tensor(step, device=student.device)).item()
+    same = total == step * ranks()[1]  # else two runs would be mixed in silence
+    need(same, f"--out {args.out}: not all ranks find step {step} there; all nodes must share the folder")
+    return step
 
 
 # -------------------------------------------------------------------------------------------------------- log
 def begin_log(out, last_step):
     """Start metrics.jsonl and samples.jsonl, or drop their rows after the step to resume from -> metrics."""
     kept, restore = {}, "restore it, or choose another --out"
-    for name in ("samples.jsonl", "metrics.jsonl"):
-        file = out / name
-        with blame(f"--out {out}", f"{name} cannot be continued", restore):
-            lines = file.read_text(encoding="utf-8").splitlines(True) if last_step and file.exists() else []
-            rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill tears the last
-            kept[file] = [row for row in rows if row["step"] <= last_step]
+    for file in (out / "samples.jsonl", out / "metrics.jsonl"):
+        with blame(f"--out {out}", f"{file.name} cannot be continued", restore):
+            text = file.read_text(encoding="utf-8") if last_step and file.exists() else ""
+            rows = map(json.loads, text.split("\n")[:-1])  # not the last line: a kill may have torn it
+            kept[file] = history = [row for row in rows if row["step"] <= last_step]
     lost = f"--out {out}: metrics.jsonl has no row of step {last_step}; {restore}"
-    need(not last_step or [row["step"] for row in kept[file][-1:]] == [last_step], lost)
-    for file, rows in kept.items() if ranks()[0] == 0 else ():
+    need(not last_step or (history and history[-1]["step"] == last_step), lost)
+    if ranks()[0] == 0:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-            aside = out / f".{file.name}.tmp"
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-            aside.write_text("".join(lines), encoding="utf-8")
-            os.replace(aside, file)
-            if not rows and file.name == "samples.jsonl":  # it begins with the first evaluation
-                file.unlink()
-    return kept[out / "metrics.jsonl"]
+            for file, rows in kept.items():
+                aside = out / f".{file.name}.tmp"
+                lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+                aside.write_text("".join(lines), encoding="utf-8")
+                os.replace(aside, file)
+            if not kept[out / "samples.jsonl"]:  # the first evaluation creates it
+                (out / "samples.jsonl").unlink()
+    return history
 
 
 def append(file, rows):
@@ -1065,9 +1083,9 @@ def check_ranges(args):
             ok, words = value in within.split("|"), f"unknown; choose one of {within.replace('|', ' ')}"
         else:
             low, high = map(float, within[1:-1].split(","))
-            ends = {low} if within[0] == "[" else set()
-            ends |= {high} if within[-1] == "]" else set()
-            ok, words = low < value < high or value in ends, f"must be in {within}"
+            above = value >= low if within[0] == "[" else value > low
+            below = value <= high if within[-1] == "]" else value < high
+            ok, words = above and below, f"must be in {within}"
         need(ok, f"--{item.name} {value}: {words}")
 
 
@@ -1098,7 +1116,8 @@ def check_args(args):
 
 
 def quiet_libraries(args):
-    """Keeps the libraries' own logs and bars from drowning the one line that says what is wrong."""
+    """Keeps the libraries' logs and bars from hiding the one line that says what is wrong, and works offline
+    if the hub does not answer."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -1142,10 +1161,11 @@ def main(args_class=Args, train=train):
         train(args_class(**vars(found)))
     except UserError as error:
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # all ranks check the same things and fail alike
-            print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        else:  # torchrun kills all ranks as soon as one has ended: the one that speaks goes first
-            time.sleep(60)
+        if (
+            os.environ.get("LOCAL_RANK", "0") != "0"
+        ):  # most errors meet all ranks: let the first speak for them
+            time.sleep(60)  # it exits, and torchrun kills the others; one that is still there failed alone
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
@@ -1155,7 +1175,7 @@ def main(args_class=Args, train=train):
 # ------------------------------------------------------------------------------------------- memory and speed
 def keep_freed_memory():
     """On a CPU, lets glibc keep what one tensor frees for the next: fresh pages took a quarter of an update.
-    Until its first tensor torch can also be asked for page-aligned large ones: 10 to 20 % less memory."""
+    The variable, set before torch's first tensor, aligns large ones to huge pages: 10 to 20 % less memory."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another libc
         for parameter, value in ((-3, 2**30), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
@@ -1164,7 +1184,7 @@ def keep_freed_memory():
 
 @contextlib.contextmanager
 def replaced(forwards):
-    """Inside, modules have other forwards: {module: forward}."""
+    """Replaces the forward of modules inside the block: {module: forward}."""
     for module, forward in forwards.items():
         module.forward = forward
     try:

@@ -103,9 +103,10 @@ def template_fields(template):
 
 def partner(rows, i, what, seed):
     """Another row, drawn for row i from the seed, in which what(row) is not the same as in row i."""
-    start = int(uniforms(seed, -2, i).item() * (len(rows) - 1))
-    for step in range(len(rows) - 1):
-        other = rows[(i + 1 + (start + step) % (len(rows) - 1)) % len(rows)]
+    others = len(rows) - 1  # tried one after the other from a random one on; 0 is the row after row i
+    start = int(uniforms(seed, -2, i).item() * others)
+    for k in range(start, start + others):
+        other = rows[(i + 1 + k % others) % len(rows)]
         if has(other.get("solution")) and what(other) != what(rows[i]):
             return other
     raise UserError("no other row has another problem and solution; give more rows or another --pi")
@@ -119,8 +120,8 @@ def mask_solution(tokenizer, solution, ratio, key):
     """The solution with each token hidden with probability ratio: a pure function of the key."""
     spans = tokenizer(solution, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     hidden, text, at = (uniforms(*key, torch.arange(len(spans))) < ratio).tolist(), "", 0
-    for (start, end), hide in zip(spans, hidden, strict=True):  # of the text: a token may be half a letter
-        if end > at:
+    for (start, end), hide in zip(spans, hidden, strict=True):
+        if end > at:  # spans overlap where a token is a part of a character
             text, at = text + solution[at:start] + (MASKED if hide else solution[max(at, start) : end]), end
     return text + solution[at:]
 
@@ -213,10 +214,11 @@ def drift_anchors(teacher, teacher_prompts, stop_ids, args, limit=256):
     """
     prompts, key = teacher_prompts[:8], (~args.seed, 1)
     rollouts = opd.sample(teacher, prompts, 1, stop_ids, key, range(len(prompts)), args.max_new_tokens)
-    kept, tokens = [], 0
+    tokens = 0
     for r in rollouts:
         r.completion = r.completion[: limit - tokens]
-        kept, tokens = kept + [r] * bool(r.completion), tokens + len(r.completion)
+        tokens += len(r.completion)
+    kept = [r for r in rollouts if r.completion]
     hidden = opd.completion_hidden(teacher, [r.prompt for r in kept], [r.completion for r in kept])
     return kept, opd.project(teacher, hidden).log_softmax(-1)
 

@@ -704,5 +704,16 @@ def test_resume_from_a_state_that_is_not_whole_takes_the_one_before(case, a_run,
     assert steps_of(a_run) == [1, 2, 3, 4]
 
 
+def test_a_rank_that_fails_alone_says_so_after_the_others_had_their_time(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(sys, "argv", ["opd.py", "--steps", "0"])
+    monkeypatch.setattr(opd.time, "sleep", lambda seconds: slept.append((seconds, capsys.readouterr().err)))
+    with pytest.raises(SystemExit) as left:
+        opd.main()
+    assert left.value.code == 2 and slept == [(60, "")]
+    assert capsys.readouterr().err == "opd.py: error: --steps 0: must be in [1,1e6)\n"
+
+
 def test_resume_to_fewer_steps_than_were_taken(a_run, refused):
     refused(f"the run in --out {a_run} has 3 steps already; raise it", steps=2, save_every=1, resume=True)

@@ -116,6 +116,15 @@ def test_no_step_stands_twice_after_a_resume(tiny, tmp_path):
     assert lines(tmp_path / "halves" / "samples.jsonl") == lines(tmp_path / "whole" / "samples.jsonl")
 
 
+def test_line_separators_in_a_sample_do_not_stop_a_resume(tiny, tmp_path):
+    """U+2028 and U+0085 stand unescaped in the file, and only "\\n" ends its lines."""
+    held_out = write_rows(tmp_path / "held_out.jsonl", [{"prompt": PROMPTS[0], "answer": "4\u20285\x85"}])
+    train(tmp_path / "run", tiny, eval_data=held_out, steps=1, eval_every=1)
+    train(tmp_path / "run", tiny, eval_data=held_out, steps=2, eval_every=1, resume=True)
+    text = (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8")
+    assert [json.loads(line)["step"] for line in text.split("\n")[:-1]] == [0, 1, 2]
+
+
 def test_two_ranks_leave_the_same_samples(tiny, tmp_path):
     train(tmp_path / "one", tiny, steps=1, eval_every=1)
     options = {**SMALL, **tiny, "steps": 1, "eval_every": 1, "out": tmp_path / "two"}

@@ -661,9 +661,25 @@ def test_a_changed_flag_is_refused_on_resume(tiny, unfinished, tmp_path, change)
 def test_flags_that_enter_no_arithmetic_may_change_on_resume(tiny, unfinished, tmp_path):
     shutil.copytree(unfinished / "run", tmp_path / "elsewhere")
     free = dict(micro_batch_size=2, chunk_tokens=5, gradient_checkpointing=True, keep=1, save_every=0)
+    free["max_prompt_tokens"] = opd.Args(**SMALL).max_prompt_tokens + 1
     rows = train_rows(tmp_path / "elsewhere", tiny, steps=6, resume=True, **free)
     for a, b in zip(numbers(rows), numbers(logged(unfinished / "whole")), strict=True):
         assert a == approx(b, rel=1e-3)
+
+
+def test_ranks_that_find_different_checkpoints_are_refused(tiny, unfinished, tmp_path, monkeypatch):
+    """On two nodes without a common --out, gradients of different weights would be summed in silence."""
+    shutil.copytree(unfinished / "run", tmp_path / "run")
+    resume = opd.resume
+
+    def beside_a_rank_that_found_none(*inputs):  # it would add 0 to the sum of the steps
+        with monkeypatch.context() as patch:
+            patch.setattr(opd, "ranks", lambda: (0, 2))
+            return resume(*inputs)
+
+    monkeypatch.setattr(opd, "resume", beside_a_rank_that_found_none)
+    with pytest.raises(opd.UserError, match="not all ranks find step .* all nodes must share the folder"):
+        train_rows(tmp_path / "run", tiny, steps=6, resume=True)
 
 
 def test_the_steps_of_a_falling_learning_rate_may_not_change_on_resume(tiny, tmp_path):
@@ -725,13 +741,15 @@ def test_a_signal_lets_the_step_finish_and_saves(tiny, tmp_path, monkeypatch, nu
     assert_same_run(tmp_path / "whole", tmp_path / "run", 4)
 
 
-def test_a_second_signal_kills():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number, kills", [(signal.SIGINT, True), (signal.SIGTERM, False)])
+def test_a_second_ctrl_c_kills_and_a_second_sigterm_does_not(number, kills):
+    """Slurm signals every process, and torchrun, which it signals too, passes the signal on once more."""
+    before = signal.getsignal(number)
     with opd.deferred_signals() as noted:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert noted == [signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) == before
+        os.kill(os.getpid(), number)
+        assert noted == [number]
+        assert (signal.getsignal(number) == signal.SIG_DFL) == kills
+    assert signal.getsignal(number) == before
 
 
 def test_a_terminated_process_exits_with_0_and_can_be_continued_bitwise(tiny, tmp_path):
