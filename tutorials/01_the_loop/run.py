@@ -5,6 +5,7 @@ exact, and the errors after an error are measured on wrong chains that are the s
 """
 
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,33 +119,23 @@ def tables(rows):
     def cells(found, digits):
         return [lesson.spread([row[name] for row in found], n) for name, n in digits.items()]
 
-    students = [["student", "steps", "forward passes", "accuracy", "error", "after an error", "excess"]]
-    kls = [["arm", "`reverse_kl`, last 25 steps", "`eval_reverse_kl`, end"]]
-    for arm in ("before", *ARMS, "teacher"):
-        for budget in ("steps", "compute"):
-            if found := lesson.select(rows, arm=arm, budget=budget):
-                passes = sum(row["passes"] for row in found) / len(found) / 1000
-                digits = {"accuracy": 3, "error_right": 4, "error_after": 4, "excess": 4}
-                students.append([arm, f"{found[0]['step']:g}", f"{passes:.0f} k", *cells(found, digits)])
-        if ends := [row for row in lesson.select(rows, arm=arm) if row["eval_kl"] != ""]:
-            kls.append([arm, *cells(ends, {"train_kl": 4, "eval_kl": 4})])
-    gains = [["change", "from", "to", "accuracy", "excess"]]
+    gains = [["change", "from: accuracy", "to: accuracy", "change of accuracy", "change of excess"]]
     for name, (label, old, budget, new) in CHANGES.items():
-        found = lesson.select(rows, arm="change", change=name)
+        ends = [lesson.select(rows, arm=old, budget=budget), lesson.select(rows, arm=new, budget="steps")]
+        means = [f"{sum(row['accuracy'] for row in end) / len(end):.3f}" for end in ends]
         old = f"{old}, {LONGER} steps" if budget == "compute" else old
-        gains.append(
-            [label.replace("\n", " "), old, new, *cells(found, {"accuracy_gain": 3, "excess_gain": 4})]
-        )
+        found = lesson.select(rows, arm="change", change=name)
+        line = [label.replace("\n", " "), f"{old}: {means[0]}", f"{new}: {means[1]}"]
+        gains.append([*line, *cells(found, {"accuracy_gain": 3, "excess_gain": 4})])
     tokens = lesson.select(rows, arm="rollout")
-    fields, begin = [["tokens", "KL of each, before", "KL of each, after"]], 0
-    for field in tokens[0]["before"].replace(";", "; ").split():
+    before, after = (tokens[0][name].replace(";", "; ").split() for name in ("before", "after"))
+    prompt = lesson.quoted(tokens[0]["prompt"])
+    rollout, begin = [[f"{prompt} before", "after", "KL of the first rollout, before", "after"]], 0
+    for field, then in zip_longest(before, after, fillvalue=""):
         part, begin = tokens[begin : begin + len(field)], begin + len(field)
         kl = [" ".join(f"{row[name]:.2f}" for row in part) for name in ("kl_before", "kl_trained")]
-        fields.append([lesson.quoted(field), *kl])
-    names = ("prompt", "before", "after")
-    completions = [names, [lesson.quoted(tokens[0][name]) for name in names]]
-    found = {"students": students, "gains": gains, "kls": kls, "rollout": fields, "completions": completions}
-    return {name: lesson.table(*lines) for name, lines in found.items()}
+        rollout.append([lesson.quoted(field), lesson.quoted(then), *kl])
+    return {"gains": lesson.table(*gains), "rollout": lesson.table(*rollout)}
 
 
 if __name__ == "__main__":

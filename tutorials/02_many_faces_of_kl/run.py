@@ -17,12 +17,20 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent), str(FOLDER.parents[1])]
 import exact  # noqa: E402
 import lesson  # noqa: E402
 import toy  # noqa: E402
-from exact import DRIFT, GAMMAS, KS, K  # noqa: E402
+from exact import DRIFT, K  # noqa: E402
 
 import losses  # noqa: E402
 import opd  # noqa: E402
 
 SHOWN = "reverse_kl pg k2 norm_topk sg_topk tail_topk topk jsd k3 forward_kl".split()
+REVERSE, FORWARD = "that of the reverse KL", "sum_v (p - q) grad log p, that of the **forward** KL"
+SAMPLED = {  # loss -> its formula, its gradient, the expectation of the gradient
+    "k1": ("`k1` = d", "grad log p(y)", "sum_v grad p_v = 0: the teacher is not in it"),
+    "k2": ("`k2` = d^2 / 2", "d grad log p(y)", REVERSE),
+    "k3": ("`k3` = e^-d - 1 + d", "(1 - q/p) grad log p(y)", FORWARD),
+    "pg": ("`pg` = sg[d] log p(y)", "d grad log p(y)", REVERSE),
+    "pg_baseline": ("`pg` with a baseline", "(d - KL) grad log p(y)", REVERSE),
+}
 COLOURS = dict(reverse_kl=6, topk=1, sg_topk=0, norm_topk=2, tail_topk=3, forward_kl=4, pg=5)
 ARMS = {  # three losses that use one sampled token, and the full loss for comparison
     "untrained": {},
@@ -108,40 +116,27 @@ def plot(rows, path):
     lesson.save(figure, path)
 
 
-def atlas_line(rows, loss, gap):
-    here, equal = (of(rows, "atlas", loss=loss, k=K, gap=x) for x in (gap, "equal"))
-    norm, noise, at_equal = mean(here, "norm"), mean(here, "noise"), mean(equal, "norm")
-    cosines = (
-        [spread(here, "cos_reverse"), spread(here, "cos_forward")] if norm > 1e-5 else ["no gradient"] * 2
-    )
-    bias = f"{mean(here, 'bias'):+.3f}".replace("-0.000", "+0.000")
-    noise = ("only noise" if norm < 1e-5 else f"{noise / norm:.1f}") if noise else "0"
-    ratio = f"{norm / mean(here, 'norm_reverse'):.2f}"
-    return [f"`{loss}`", bias, *cosines, ratio, noise, f"{at_equal:.3f}" if at_equal > 1e-5 else "0"]
-
-
 def tables(rows):
-    head = ["cos with grad of reverse KL", "cos with grad of forward KL", "norm / reverse", "noise / grad"]
-    head = ["loss", "bias of value", *head, "grad norm at p = q"]
-    sets = {"atlas": ("medium", (*opd.LOSSES, "pg_baseline")), "large": ("large", (*SHOWN, "pg_baseline"))}
-    lines = {at: [head, *(atlas_line(rows, x, gap) for x in names)] for at, (gap, names) in sets.items()}
-    lines["by_k"] = [["gap", "loss", *(f"k={k}" for k in KS)]]
-    for gap, loss in [(gap, loss) for gap in ("medium", "large") for loss in DRIFT[1:]]:
-        cells = [f"{mean(of(rows, 'atlas', loss=loss, k=k, gap=gap), 'cos_reverse'):.3f}" for k in KS]
-        lines["by_k"].append([gap, f"`{loss}`", *cells])
-    gaps = ("small", "medium", "large")
-    lines["gamma"] = [["gamma", *(f"{gap} gap" for gap in gaps)]]
-    for g in GAMMAS:
-        cells = [spread(of(rows, "gamma", gamma=g, gap=gap), "cos_reverse", 3) for gap in gaps]
-        lines["gamma"].append([f"{g:g}", *cells])
-    heads = {"kl": "reverse KL", "mass": "mass on S", "cos_reverse": "cosine"}
-    looks = ("kl", 50), ("kl", 100), ("kl", 200), ("mass", 50), ("cos_reverse", 0), ("cos_reverse", 50)
-    lines["drift"] = [["optimizer", "k", "loss", *(f"{heads[y]}, step {step}" for y, step in looks)]]
-    for how, k, loss in [(*run, loss) for run in exact.RUNS for loss in DRIFT]:
-        found = of(rows, "drift", optimizer=how, k=k, loss=loss)
-        cells = [spread(lesson.select(found, step=step), y) for y, step in looks]
-        lines["drift"].append([how, k, f"`{loss}`", *cells])
-    lines["training"] = [["loss", "held-out reverse KL", "accuracy at step 100", "mean gradient norm"]]
+    head = ["loss", "gradient", "expected gradient, y ~ p", "bias of value", "cosine", "noise"]
+    lines = {"sampled": [head]}
+    for name, formulas in SAMPLED.items():
+        found = of(rows, "atlas", loss=name, gap="large")
+        bias = f"{mean(found, 'bias'):+.2f}".replace("-0.00", "+0.00") if name[0] == "k" else ""
+        norm, noise = mean(found, "norm"), mean(found, "noise")
+        measured = (
+            [spread(found, "cos_reverse"), f"{noise / norm:.1f}"] if norm > 1e-5 else ["none", "only noise"]
+        )
+        lines["sampled"].append([*formulas, bias, *measured])
+    names = {"kl": "reverse KL", "mass": "mass on S"}
+    looks = [("AdamW", 8, *look) for look in (("mass", 50), ("kl", 100), ("kl", 200))]
+    looks += [("AdamW", 2, "kl", 200), ("GD", 8, "mass", 50), ("GD", 8, "kl", 100)]
+    lines["drift"] = [["loss", *(f"{how}, k = {k}: {names[y]}, step {at}" for how, k, y, at in looks)]]
+    for loss in DRIFT:
+        found = [of(rows, "drift", loss=loss, optimizer=how, k=k, step=at) for how, k, _, at in looks]
+        cells = [spread(some, look[2]) for some, look in zip(found, looks, strict=True)]
+        lines["drift"].append([f"`{loss}`", *cells])
+    head = ["loss", "held-out reverse KL, mean of steps 25, 50, 75, 100", "accuracy at step 100"]
+    lines["training"] = [[*head, "mean gradient norm"]]
     for arm in list(ARMS)[1:]:
         found = of(rows, "training", loss=arm)
         cells = [spread(found, "kl", 3), spread(found, "accuracy"), spread(found, "norm", 1)]

@@ -30,7 +30,6 @@ LOSSES = (*TOPK, "reverse_kl")
 COLOUR = dict(zip(LOSSES, (lesson.COLOURS[i] for i in (1, 0, 2, 3, 6)), strict=True))
 RATES = (3e-5, 1e-4)  # peak learning rates on the real model
 SEEDS, KS, TOY_STEPS, TOY_RATES = (0, 1, 2), (1, 2, 4), 75, (3e-4, 1e-3)
-VALUES = ("loss", "true reverse KL", "entropy", "mass on S")  # titles of the columns real_model.METRICS
 
 
 def run_real(smoke):
@@ -45,7 +44,7 @@ def run_damaged(smoke):
 
 
 def one_state(seed, steps, k=8, vocab=64):
-    """Gradient descent on the logits of one state from student = teacher; S is fixed, the teacher's top k."""
+    """Minimise each loss over the logits of one state, from student = teacher; S is the teacher's top k."""
     generator = torch.Generator().manual_seed(seed)
     log_q = (2.5 * torch.randn(1, vocab, generator=generator)).double().log_softmax(-1)
     q, ids = log_q.topk(k)
@@ -123,36 +122,32 @@ def cells(rows, *columns, digits=2, **where):
     return [lesson.spread(x, digits) if x else "" for x in found]
 
 
+def rate(lr):
+    return f"{lr:.0e}".replace("-0", "-")
+
+
 def tables(rows):
     steps, last = real_model.STEPS, max(r["step"] for r in rows if r["arm"] == "map")
-    real, damaged, stable = [], [], []
-    for loss, step in itertools.product(TOPK[:2], range(steps + 1)):
-        line = cells(rows, *real_model.METRICS, "held_out_kl", digits=3, part="real", loss=loss, step=step)
-        real += [[f"`{loss}`", step, *line]] if any(line) else []
-    for lr, loss in itertools.product(RATES, LOSSES):
-        of = {"part": "damaged", "loss": loss, "lr": lr}
-        line = cells(rows, "change", "held_out_kl", step=steps, **of) + cells(rows, "value", step=1, **of)
-        line += cells(rows, "value", "mass", "entropy", step=steps, **of)
-        damaged.append([f"{lr:.0e}".replace("-0", "-"), f"`{loss}`", *line])
-    before, after = ({"part": "damaged", "lr": RATES[-1], "seed": 2, "step": x} for x in (0, steps))
-    healed = lesson.select(rows, loss="reverse_kl", **before) + lesson.select(rows, **after)
+    words = lesson.select(rows, part="real", loss="topk", seed=0)
+    words = [r for r in words if r["step"] in (0, steps)]
     tokens = json.loads(next(r["tokens"] for r in rows if r["tokens"]))[:12]
-    for loss, k in itertools.product(LOSSES, (0, *KS)):
-        line = [cells(rows, "accuracy", arm="map", loss=loss, k=k, lr=lr, step=last)[0] for lr in TOY_RATES]
-        stable += [[f"`{loss}`", k or "all", *line]] if any(line) else []
-    state = [[f"`{x}`", *cells(rows, "mass", digits=3, arm="state", loss=x)] for x in TOPK]
-    values = ("accuracy", *real_model.METRICS)
-    own = [[f"`{x}`", *cells(rows, *values, arm="self", loss=x, step=last)] for x in TOPK[:2]]
-    pairs = ["loss, step 1", *(f"{name}, step {steps}" for name in ("loss", "mass on S", "entropy"))]
+    damaged, stable, places = [], [], list(itertools.product(TOY_RATES, KS))
+    for loss in LOSSES:
+        of = {"part": "damaged", "loss": loss}
+        line = [cells(rows, "change", lr=lr, step=steps, **of)[0] for lr in RATES]
+        for column, step in (("value", 1), ("value", steps), ("mass", steps)):
+            line += cells(rows, column, lr=RATES[-1], step=step, **of)
+        damaged.append([f"`{loss}`", *line])
+        of = {"arm": "map", "loss": loss, "step": last}  # the full KL has the rows k = 0
+        line = [cells(rows, "accuracy", lr=lr, k=k if loss in TOPK else 0, **of)[0] for lr, k in places]
+        stable.append([f"`{loss}`", *line])
+    changes = [f"change at {rate(lr)}" for lr in RATES]
+    at_end = [f"{name}, step {steps}" for name in ("loss", "mass on S")]
     return {
-        "real": lesson.table(["loss", "step", *VALUES, "held-out reverse KL"], *real),
-        "damaged": lesson.table(["rate", "loss", "change", "held-out reverse KL", *pairs], *damaged),
-        "words": real_model.completions(lesson.select(rows, part="real", loss="topk", seed=0)),
-        "damaged_words": real_model.completions(healed),
-        "tokens": lesson.table([lesson.quoted(x) for x, _ in tokens], [f"{kl:.2f}" for _, kl in tokens]),
-        "state": lesson.table(["loss", "p(S) / q(S) after convergence"], *state),
-        "self": lesson.table(["loss", "accuracy", *VALUES], *own),
-        "map": lesson.table(["loss", "k", *(f"learning rate {x:g}" for x in TOY_RATES)], *stable),
+        "words": real_model.completions(words),
+        "tokens": [", ".join(f"{lesson.quoted(x)} {kl:.2f}" for x, kl in tokens)],
+        "damaged": lesson.table(["loss", *changes, "loss, step 1", *at_end], *damaged),
+        "map": lesson.table(["loss", *(f"{rate(lr)}, k = {k}" for lr, k in places)], *stable),
     }
 
 

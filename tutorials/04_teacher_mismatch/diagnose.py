@@ -9,11 +9,8 @@ import toy
 
 import opd
 
-CUTS, LENGTH, SHOWN = (
-    (0, 1, 3, 6, 12, 18),
-    24,
-    12,
-)  # handover's prefixes; tokens of a chain, of a table
+CUTS = (0, 1, 3, 6, 12, 18)  # lengths of the student's prefix in handover
+LENGTH, SHOWN = 24, 12  # tokens of a chain, and of the table of tokens
 
 
 def scores(student, teacher, found):

@@ -21,7 +21,6 @@ import upper_case  # noqa: E402
 import opd  # noqa: E402
 
 SEEDS, STEPS, PROBLEMS = (0, 1, 2), 150, 256
-CARRIES = {"carry out": "carry_out", "sum adds the digit": "adds_it"}
 RUN = {"loss": "reverse_kl", "lr": 3e-4, "batch_size": 32, "max_new_tokens": 32, "save_every": 50, "keep": 3}
 TEACHERS = {"A": "the student's style", "RL": "the student after GRPO", "M": "one other digit per column"}
 TEACHERS |= {"B": "another style"}
@@ -111,43 +110,28 @@ def tables(rows):
         lines = [[f"{x}: {name}", *(cell(x, *c) for c in columns.values())] for x, name in teachers.items()]
         return lesson.table(["teacher", *columns], *lines)
 
-    def shown(
-        part, i, seed=SEEDS[0]
-    ):  # a held-out prompt: the student's completion before training, and after it
-        texts = lesson.select(rows, part=part, kind="text", row=i, seed=seed)
-        lines = [["before training", lesson.quoted(str(x["text"])), ""] for x in texts[:1]]
-        after = [x for name in (*TEACHERS, *REAL_TEACHERS) for x in texts if x["at"] and x["teacher"] == name]
-        lines += [[f"after {x['teacher']}", lesson.quoted(str(x["text"])), f"{x['kl']:.2f}"] for x in after]
-        prompt = texts[0]["prompt"].split("<|im_start|>user")[-1].split("<|im_end|>")[0] if texts else ""
-        head = ["student", f"completion of {lesson.quoted(prompt)}", "KL to its teacher"]
-        return lesson.table(head, *lines)
-
-    result = {"its accuracy": ("accuracy", "own")}
-    result |= {f"student, step {t}": ("accuracy", "curve", t) for t in (0, 50, 150)}
-    scores = {"mean of log p - log q": ("gap", "student"), "exact reverse KL": ("kl", "student")}
-    scores |= {"entropy of q": ("entropy", "student"), "on its own completions": ("entropy", "own")}
-    handover = {f"after {cut} tokens": ("accuracy", "handover", cut) for cut in diagnose.CUTS}
-    real = {"mean of log p - log q": ("gap", "run"), "held-out KL": ("kl", "curve", 0)}
+    result = {"its accuracy": ("accuracy", "own"), "gap": ("gap", "student")}
+    result |= {f"student, step {t}": ("accuracy", "curve", t) for t in (50, STEPS)}
+    real = {"gap": ("gap", "run"), "held-out KL": ("kl", "curve", 0)}
     real |= {"after training": ("kl", "curve", upper_case.STEPS), "share closed": ("closed", "run")}
     real |= {f"capitals, step {t}": ("capitals", "curve", t) for t in (0, upper_case.STEPS)}
-    tokens = zip(*(lesson.select(rows, kind="token", teacher=x) for x in "AB"), strict=False)
-    lines = [
-        [b["text"], f"{a['kl']:.2f}", f"{b['kl']:.2f}", a["top"].split(", ")[0], b["top"].replace("|", "\\|")]
-        for a, b in tokens
-    ]
-    head = ["token", "KL to A", "KL to B", "A's most likely token", "B's three most likely tokens"]
-    carries = {
-        f"{name}, step {t}": (column, "carries", t) for t in (0, 50, 150) for name, column in CARRIES.items()
-    }
+    # One held-out problem: the student's completion before training, and after it with its mean KL.
+    texts = lesson.select(rows, part="toy", kind="text", row=2, seed=SEEDS[0])
+    after = [x for name in "AMB" for x in texts if x["at"] and x["teacher"] == name]
+    head = [lesson.quoted(x["prompt"]) for x in texts[:1]]
+    head += ["before training", *(f"after {x['teacher']}" for x in after)]
+    said = [lesson.quoted(str(x["text"])) for x in texts[:1]]
+    said += [f"{lesson.quoted(str(x['text']))} ({x['kl']:.2f})" for x in after]
+    # One column for each token of a wrong completion; "top" begins with the teacher's most likely token.
+    a, b = (lesson.select(rows, kind="token", teacher=x) for x in "AB")
+    tokens = [["student's token", *(x["text"] for x in b)]]
+    tokens += [[f"KL to {name}", *(f"{x['kl']:.2f}" for x in y)] for name, y in (("A", a), ("B", b))]
+    tokens += [["B's most likely token", *(x["top"].split()[0].replace("|", "\\|") for x in b)]]
     return {
-        "carries": each({x: TEACHERS[x] for x in ("A", "M")}, carries),
         "result": each(TEACHERS, result),
-        "turns": each(TEACHERS, {**handover, "one token: change": ("accuracy", "turns")}),
-        "scores": each(TEACHERS, scores),
-        "tokens": lesson.table(head, *lines),
-        "texts": [*shown("toy", 0), "", *shown("toy", 2)],
+        "texts": lesson.table(head, ["completion", *said]),
+        "tokens": lesson.table(*tokens),
         "real": each(REAL_TEACHERS, real),
-        "real_texts": [*shown("real", 1), "", *shown("real", 2, seed=1)],
     }
 
 

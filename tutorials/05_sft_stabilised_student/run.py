@@ -24,9 +24,6 @@ SHARES = (0.25, 0.5, 1, 2)  # of the budget, for SFT only
 REAL_SFT = {"opd": 0, "sft": 10, "sft_opd": 5}  # on SmolLM2: SFT steps
 REAL_TOTAL = {"opd": 8, "sft": 10, "sft_opd": 9}  # and all steps; SFT on fresh samples costs 4 a step, OPD 5
 ARMS = {"opd": "OPD only", "sft": "SFT only", "sft_opd": "SFT then OPD"}
-ARMS |= {"same_prompts": "SFT, then OPD on the same prompts"}
-LONG_AT = (0, 50, 100, 200, 300, 400, 600, LONG)
-SCORES = {"accuracy": "accuracy", "on the SFT set": "own_set", "KL to the teacher": "kl"}
 COLOURS = {"opd": lesson.COLOURS[1], "sft": lesson.COLOURS[4], "sft_opd": lesson.COLOURS[6]}
 
 
@@ -119,41 +116,32 @@ def tables(rows):
         found = [row[column] for row in lesson.select(rows, **where) if row[column] != ""]
         return lesson.spread(found).replace("-0.00", "0.00") if found else ""  # a smoke run lacks some
 
-    def each(head, lines, columns):  # lines: label -> conditions; columns: head -> (column, conditions)
-        cells = [[x, *(cell(y, at | also) for y, also in columns.values())] for x, at in lines.items()]
-        return lesson.table([head, *columns], *cells)
+    counts = [["completions", "SFT only", "on the SFT set", "SFT then OPD", "on its SFT set"]]
+    for n in COUNTS:
+        arms = [{"n": n, "kind": "end", "arm": "sft", "share": 1}, {"n": n, "kind": "end", "arm": "sft_opd"}]
+        counts.append([n, *(cell(x, arm) for arm in arms for x in ("accuracy", "own_set"))])
 
-    def texts(part, i):  # a held-out prompt: the student's completion before training, and after it
-        found = lesson.select(rows, part=part, kind="text", row=i, seed=SEEDS[0])
-        found = [x for x in found if x["n"] in (0, FEW, "") and (x["at"] or x["arm"] == "opd")]
-        found.sort(key=lambda x: (x["at"] > 0, list(ARMS).index(x["arm"])))
-        names = [ARMS[x["arm"]] if x["at"] else "before training" for x in found]
-        cells = [[lesson.quoted(str(x["text"])), f"{x['kl']:.2f}"] for x in found]
-        prompt = found[0]["prompt"].split("<|im_start|>user")[-1].split("<|im_end|>")[0] if found else ""
-        head = ["student", f"completion of {lesson.quoted(prompt)}", "KL to the teacher"]
-        return lesson.table(head, *([name, *pair] for name, pair in zip(names, cells, strict=True)))
+    # One held-out problem: the completion of the student before training, and those of the trained ones.
+    found = lesson.select(rows, part="toy", kind="text", row=2, seed=SEEDS[0])
+    found = [x for x in found if x["arm"] in COLOURS and x["n"] in (0, FEW)]
+    found = [x for x in found if x["at"] or x["arm"] == "opd"]
+    found.sort(key=lambda x: (x["at"] > 0, list(COLOURS).index(x["arm"])))
+    prompt = lesson.quoted(found[0]["prompt"]) if found else ""
+    texts = [["student", f"completion of {prompt}", "KL to the teacher"]]
+    for x in found:
+        name = ARMS[x["arm"]] if x["at"] else "before training"
+        texts.append([name, lesson.quoted(str(x["text"])), f"{x['kl']:.2f}"])
 
-    end, run, curve = {"kind": "end"}, {"kind": "run", "at": ""}, {"kind": "curve"}
-    alone, both = {"arm": "sft", "share": 1, **end}, {"arm": "sft_opd", **end}
-    scores = {x: (column, end) for x, column in SCORES.items()}
-    at_end = {"opd": {"at": STEPS}, "sft": {"n": FEW, "share": 1}, "sft_opd": {"n": FEW}, "same_prompts": {}}
-    counts = {"SFT only": ("accuracy", alone), "on the SFT set": ("own_set", alone), "KL": ("kl", alone)}
-    counts |= {"at the switch": ("accuracy", both | {"kind": "switch"}), "gap there": ("gap", both | run)}
-    counts |= {"SFT then OPD": ("accuracy", both), "its KL": ("kl", both)}
-    more = {f"{x * STEPS:g} ({sft.steps_for(x * STEPS * sft.OPD_COST, FEW)})": x for x in SHARES}
-    long = {t: {"part": "toy", "arm": "opd", "at": t} for t in LONG_AT}
-    real = {ARMS[x]: {"part": "real", "arm": x, "at": REAL_TOTAL[x]} for x in COLOURS}
-    closed = {"gap before OPD": ("gap", run), "KL before": ("kl", curve | {"at": 0}), "after": ("kl", curve)}
-    closed |= {"share closed": ("closed", run), "capitals": ("capitals", curve)}
-    return {
-        "few": each("schedule", {ARMS[x]: {"arm": x, **at} for x, at in at_end.items()}, scores),
-        "counts": each("completions", {n: {"n": n} for n in COUNTS}, counts),
-        "more": each("compute", {x: {"arm": "sft", "n": FEW, "share": y} for x, y in more.items()}, scores),
-        "long": each("steps", long, {"accuracy": ("accuracy", curve), "KL to the teacher": ("kl", curve)}),
-        "real": each("schedule", real, closed),
-        "texts": [*texts("toy", 0), "", *texts("toy", 2)],
-        "real_texts": [*texts("real", 0), "", *texts("real", 1)],
-    }
+    real = [
+        ["schedule", "gap before OPD", "share of KL closed", "capitals", "a held-out completion (seed 0)"]
+    ]
+    for name, arm, step in (("before training", "opd", 0), *((ARMS[x], x, REAL_TOTAL[x]) for x in COLOURS)):
+        at = {"part": "real", "arm": arm}
+        text = lesson.select(rows, **at, kind="text", row=0, seed=SEEDS[0], at=step)
+        text = lesson.quoted(str(text[0]["text"])) if text else ""
+        scores = [cell(x, at | {"kind": "run"}) if step else "" for x in ("gap", "closed")]
+        real.append([name, *scores, cell("capitals", at | {"kind": "curve", "at": step}), text])
+    return {x: lesson.table(*y) for x, y in (("counts", counts), ("texts", texts), ("real", real))}
 
 
 if __name__ == "__main__":

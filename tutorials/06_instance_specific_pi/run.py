@@ -88,37 +88,31 @@ def marked(row, i):
 
 
 def tables(rows):
-    def cells(found, *columns, digits=2):
-        return [lesson.spread([x[c] for x in found], digits) for c in columns]
+    def cell(found, column):
+        return lesson.spread([x[column] for x in found])
 
-    def arrows(pair, *columns, digits=2):
-        return [" → ".join(cells(x, c, digits=digits)[0] for x in pair) for c in columns]
+    def change(pair, column):
+        return " → ".join(cell(found, column) for found in pair)
 
-    two, block = [["", "the teacher writes the sum alone", "the teacher writes the chain"]], ["```text"]
-    pairs = {"PI without the answer": ("brief", "system"), "PI with the answer": ("answer", "written")}
-    for head, pair in pairs.items():
-        two.append([head, *(f"`{x}`: {cells(ends(rows, 'toy', x)[1], 'accuracy')[0]}" for x in pair)])
-    kls = {"kl": "KL per token", "kl_completion": "per completion"}
-    before, _ = ends(rows, "toy", "answer")
-    kl, full = [["arm", *kls.values()]], [["arm", "accuracy", "with PI", "chains", "length"]]
-    full.append(["before", *cells(before, "accuracy"), "", *cells(before, "chain", "length")])
-    for arm in TOY:
-        full.append([f"`{arm}`", *cells(ends(rows, "toy", arm)[1], "accuracy", "with_pi", "chain", "length")])
-        kl.append([f"`{arm}`", *arrows(ends(rows, "toy", arm), *kls)])
+    toy, block = [["arm", "PI", "the teacher writes", "accuracy", "KL per completion"]], ["```text"]
+    chains = {arm: "the chain" if arm in ("system", "written") else "the sum alone" for arm in TOY}
+    for arm in sorted(TOY, key=chains.get):  # by what the teacher writes
+        pair, pi = ends(rows, "toy", arm), lesson.quoted(TOY[arm].format(answer=1023, other=840))
+        toy.append([f"`{arm}`", pi, chains[arm], cell(pair[1], "accuracy"), change(pair, "kl_completion")])
     for arm, when in (("answer", 0), ("answer", 1), ("pg_gamma_1", 1)):
         text, numbers = tokens(ends(rows, "toy", arm)[when][0])
         block += [f"{arm + (', after' if when else ', before'):18} {text}", f"{'    KL':18} {numbers}"]
-    real, said = [["PI", "learning rate", *kls.values(), "share closed"]], [["PI", "lr", "before", "after"]]
-    task = [["PI", "learning rate", "accuracy", "accuracy of the teacher", "length"]]
+    real = [["PI", "training", "KL per completion", "share closed", "one completion"]]
     for arm, lr in ((arm, lr) for arm in REAL for lr in RATES):
         if lesson.select(rows, part="real", arm=arm, lr=lr):
-            head, (old, new) = [f"`{arm}`", f"{lr:g}"], ends(rows, "real", arm, lr)
-            real.append([*head, *arrows((old, new), *kls, digits=3), *cells(new, "closed")])
-            length = arrows((old, new), "length", digits=1)
-            task.append([*head, *arrows((old, new), "accuracy"), *cells(old, "with_pi"), *length])
-            which = [i for i in (0, 4) if i < len(json.loads(old[0]["text"]))]
-            said += [[*head, marked(old[0], i), marked(new[0], i)] for i in which]
-    found = {"two": two, "kl": kl, "toy": full, "real": real, "task": task, "said": said}
+            old, new = ends(rows, "real", arm, lr)
+            i = min(4, len(json.loads(old[0]["text"])) - 1)
+            if lr == RATES[0]:  # before training, both rates have the same model
+                real.append([f"`{arm}`", "none", cell(old, "kl_completion"), "", marked(old[0], i)])
+            closed = cell(new, "closed")
+            rate = f"lr {lr:.0e}".replace("e-0", "e-")
+            real.append(["", rate, cell(new, "kl_completion"), closed, marked(new[0], i)])
+    found = {"toy": toy, "real": real}
     return {name: lesson.table(*x) for name, x in found.items()} | {"tokens": [*block, "```"]}
 
 

@@ -3,14 +3,9 @@
 import lesson
 
 MODELS = (("none", "before"), ("SFT", "after"), ("OPSD", "after"), ("none", "prompted"))  # arm, who
-TEXTS = (("frozen", "before"), ("frozen", "after"), ("live", "after"), ("live_1e-4", "after"))
+STEPS = 50, 100, 300  # of the table of the toy
 LABELS = {"live_1e-4": "live, lr 1e-4", "live_3e-5": "live, lr 3e-5"}
-REAL = {"score": "follows the rule", "kl": "KL per token", "kl_first": "KL of the first token"}
-CONTROLS = {
-    "other_rule": "follows the other rule",
-    "other_prompted": "follows the other rule if prompted",
-    "trivia": "trivia",
-}
+REAL = {"score": "follows the rule", "kl": "KL", "other_prompted": "other prompt", "trivia": "trivia"}
 
 
 def values(rows, column, **where):
@@ -52,46 +47,30 @@ def plot(rows, path):
     lesson.save(figure, path)
 
 
-def toy_tables(rows):
-    numbers = [["rule", "arm", "before", "after", "prompted initial model", "final teacher", "teacher drift"]]
-    steps = [x for x in names(rows, "step", who="") if x <= 100 or x % 100 == 0]
-    curves = [["arm", *(f"step {step:.0f}" for step in steps)]]
-    text = [["model", "completion"]]
-    for rule in names(rows, "rule"):
-        for arm in names(rows, "arm", rule=rule):
-            at = {"rule": rule, "arm": arm}
-            cells = [values(rows, "score", who=who, **at) for who in ("before", "after", "prompted")]
-            cells = [lesson.spread(x) for x in (*cells, values(rows, "teacher", who="after", **at))]
-            drift = lesson.spread(values(rows, "drift", who="after", **at), 3)
-            numbers.append([rule, LABELS.get(arm, arm), *cells, drift])
+def toy_table(rows):
+    found = [["arm", *(f"step {step}" for step in STEPS), "drift", "completion"]]
     for arm in names(rows, "arm", rule="write_it_out"):
-        cells = [values(rows, "accuracy", rule="write_it_out", arm=arm, step=step) for step in steps]
-        curves.append([LABELS.get(arm, arm), *(lesson.spread(x) if x else "" for x in cells)])
-    for arm, who in TEXTS:
-        for row in lesson.select(rows, rule="write_it_out", arm=arm, who=who, seed=names(rows, "seed")[-1]):
-            label = who if who == "before" else f"after, {LABELS.get(arm, arm)}"
-            text.append([label, lesson.quoted(str(row["text"]))])
-    return {"toy": lesson.table(*numbers), "steps": lesson.table(*curves), "toy_text": lesson.table(*text)}
+        ours = lesson.select(rows, rule="write_it_out", arm=arm)
+        cells = [values(ours, "accuracy", step=step) for step in STEPS]
+        cells = [lesson.spread(x) if x else "" for x in cells]
+        drift, last = lesson.spread(values(ours, "drift"), 3), lesson.select(ours, who="after")[-1]
+        found.append([LABELS.get(arm, arm), *cells, drift, lesson.quoted(str(last["text"]))])
+    return lesson.table(*found)
 
 
 def tables(rows):
     real, ours = [["rule", "model", *REAL.values()]], lesson.select(rows, part="real")
-    controls = [["rule", "model", *CONTROLS.values()]]
-    text, tokens = [["rule", "model", "two answers, separated by //"]], ["```text"]
+    tokens = ["```text"]
     for rule in names(ours, "rule"):
         for arm, who in MODELS:
             at, label = {"rule": rule, "arm": arm, "who": who}, who if arm == "none" else arm
-            cells = {x: values(ours, x, **at) for x in (*REAL, *CONTROLS)}
+            cells = {x: values(ours, x, **at) for x in REAL}
             if who == "before":  # the same model for both rules, so it was measured with the other one
                 others = [x for x in lesson.select(ours, who="prompted") if x["rule"] != rule]
                 cells["other_prompted"] = [x["score"] for x in others]
-            cells = {x: lesson.spread(ys) if ys else "" for x, ys in cells.items()}
-            real.append([rule, label, *(cells[x] for x in REAL)])
-            controls.append([rule, label, *(cells[x] for x in CONTROLS)])
-            for row in lesson.select(ours, seed=names(ours, "seed")[-1], **at):
-                text.append([rule, label, lesson.quoted(str(row["text"]))])
-                shown = " ".join(row["kl_tokens"].split()).split(" | ")[:14]
+            real.append([rule, label, *(lesson.spread(ys) if ys else "" for ys in cells.values())])
+            for row in lesson.select(ours, **at)[-1:]:  # the last seed
+                shown = " ".join(row["kl_tokens"].split()).split(" | ")[:10]
                 tokens += [f"{rule}, {label}:".ljust(16) + " | ".join(shown)] if row["kl_tokens"] else []
-    found = {"real": real, "controls": controls, "text": text}
-    found = {name: lesson.table(*lines) for name, lines in found.items()}
-    return found | {"tokens": [*tokens, "```"]} | toy_tables(lesson.select(rows, part="toy"))
+    toy = toy_table(lesson.select(rows, part="toy"))
+    return {"real": lesson.table(*real), "tokens": [*tokens, "```"], "steps": toy}

@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
 import lesson  # noqa: E402
 import smollm2  # noqa: E402
 from floor import measure  # noqa: E402
-from tasks import SMOL, SYSTEM, base, real_task, toy_task  # noqa: E402
+from tasks import SMOL, base, real_task, toy_task  # noqa: E402
 
 import opsd  # noqa: E402
 
@@ -109,46 +109,30 @@ def tables(rows):
         found = of(rows, part, arm, **where)
         return [lesson.spread([r[name] for r in found], 3).replace("-0.000", "0.000") for name in names]
 
-    late = "`reverse_kl`, last 50 steps"
-    plateau = [["m", "learning rate", late, "KL on new prompts", "floor", "KL to the geometric mean"]]
-    names = ("run_kl", "reverse", "floor", "to_geometric")
-    plateau += [[m, f"{lr:g}", *line("toy", "reverse", *names, m=m, lr=lr)] for m in MS for lr in LRS]
-    means = [
-        ["m", "trained with", "forward KL", "its floor", "KL to the arithmetic mean", "to the geometric"]
+    names = {"both digits agree": "coherent", "KL to the geometric mean": "to_geometric"}
+    names |= {"KL to the arithmetic mean": "to_arithmetic"}
+    students = [["student", "completions", *names]]
+    for arm in ("before", "reverse", "forward", "off_policy"):
+        text = of(rows, "toy", arm, m=4, lr=LRS[0], seed=0)[0]["text"]
+        cells = line("toy", arm, *names.values(), m=4, lr=LRS[0])
+        students.append([f"`{arm}`", lesson.quoted(text), *cells])
+    function = [
+        ["the rule is", "floor", "`reverse_kl`, first 10 steps", "last 50 steps", "KL on new prompts"]
     ]
-    names = ("forward", "information", "to_arithmetic", "to_geometric")
-    means += [[m, x, *line("toy", x, *names, m=m, lr=LRS[0])] for m in MS[1:] for x in ("forward", "reverse")]
-    function = [["the rule is", "floor", "`reverse_kl`, first 10 steps", late[14:], "KL on new prompts"]]
     for arm, words in (("reverse", "drawn"), ("shown", "drawn, shown"), ("hashed", "a hash of the prompt")):
         floor, *others = line("toy", arm, "floor", "run_kl", "reverse", m=4, lr=LRS[0])
         function.append([words, floor, *line("toy", arm, "run_kl", m=4, lr=LRS[0], at=10.0), *others])
-    coherent = [["student", "both digits follow one rule", "four completions of one prompt, m = 4"]]
-    for arm in ("before", "reverse", "forward", "off_policy"):
-        text = of(rows, "toy", arm, m=4, lr=LRS[0], seed=0)[0]["text"]
-        coherent.append([f"`{arm}`", *line("toy", arm, "coherent", m=4, lr=LRS[0]), lesson.quoted(text)])
-    real = [["m", "student", "KL to the teachers", "floor", "KL to the geometric mean", "share closed"]]
-    texts = [["model", "two completions of the first new prompt"]]
+    names = {"KL to the teachers": "reverse", "floor": "floor", "KL to the geometric mean": "to_geometric"}
+    real = [["m", *names]]
     for m in sorted({int(r["m"]) for r in lesson.select(rows, part="real")}):
-        before, after, (prompted, *_) = (
-            of(rows, "real", arm, m=m) for arm in ("before", "reverse", "teacher")
-        )
-        shares = [1 - row["to_geometric"] / before[0]["to_geometric"] for row in after]
-        for arm, share in (("before", "0"), ("reverse", lesson.spread(shares))):
-            real.append([m, arm, *line("real", arm, "reverse", "floor", "to_geometric", m=m), share])
-        texts += [["before", lesson.quoted(before[0]["text"])]] if m == 1 else []
-        texts.append([f"teacher: {[*SYSTEM][m - 1]}", lesson.quoted(prompted["text"])])
-        texts.append([f"student, m = {m}", lesson.quoted(after[0]["text"])])
-
-    def tokens(part, m, lr):
-        found = lesson.select(rows, part=part, arm="reverse", m=m, lr=lr, seed=0)
-        found = [r for r in found if str(r["at"]).startswith("token")]
-        lines = [["token", *(f"`{r['text'][1:-1]}`" for r in found)]]
-        return lines + [
-            [kl, *(f"{r[name]:.2f}" for r in found)] for kl, name in (("KL", "reverse"), ("floor", "floor"))
-        ]
-
-    found = dict(plateau=plateau, means=means, function=function, coherent=coherent, real=real, texts=texts)
-    found |= {"toy_tokens": tokens("toy", 4, LRS[0]), "real_tokens": tokens("real", 2, REAL_LR)}
+        before, after = (line("real", arm, *names.values(), m=m) for arm in ("before", "reverse"))
+        pairs = zip(before, after, strict=True)  # before training: one model for all seeds, no spread
+        real.append([m, *(f"{x.split(' ')[0]} → {y}" for x, y in pairs)])
+    one = lesson.select(rows, part="toy", arm="reverse", m=4, lr=LRS[0], seed=0)
+    one = [r for r in one if str(r["at"]).startswith("token")]
+    tokens = [["token", *(f"`{r['text'][1:-1]}`" for r in one)]]
+    tokens += [[x, *(f"{r[y]:.2f}" for r in one)] for x, y in (("KL", "reverse"), ("floor", "floor"))]
+    found = dict(students=students, tokens=tokens, function=function, real=real)
     return {name: lesson.table(*lines) if lines[1:] and lines[0][1:] else [] for name, lines in found.items()}
 
 

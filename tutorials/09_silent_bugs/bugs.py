@@ -123,6 +123,30 @@ ARMS = {  # name: (correct code to compare with, metric that may show it, patch,
     "one_temperature": ("temperature_2", "loss", one_temperature, {}),
     "forgotten_end": ("two_ends", "completion_len", known_ends(1), {}),
 }
+# bug | the wrong line | the right one | where it was seen: an issue, a pull request, or in words
+REPORTS = """
+pointwise_clip | `(p * (log_p - log_q)).clamp(max=c).sum(-1)` | sum, do not clip | siyan-zhao/OPSD/issues/2
+missing_as_0 | `log_q = 0` where missing | request the student's ids | rllm, `distill/alignment.py`
+forgotten_end | the stop ids of one model | the stop ids of both | modelscope/ms-swift/issues/9526
+k1_as_loss | `log_p_y - log_q_y` | `(log_p_y - log_q_y).detach() * log_p_y` | allenai/open-instruct/issues/534
+kl_as_advantage | `advantage = -kl_over_top_k` | `advantage = log_q_y - log_p_y` | radixark/miles/issues/2362
+shifted_pg | logits at position i score token i | they score token i + 1 | modelscope/ms-swift/pull/8436
+value_clamp | `kl.clamp(max=0.5)` | clip the gradient norm | verl, option `loss_max_clamp`
+missing_as_own | `log_q = log_p` where missing | as `missing_as_0` | rllm, with a warning
+prompt_in_loss | prompt tokens in the loss | completion tokens only | MakazhanAlpamys/Soup/issues/682
+tiny_beta | JSD with beta at an end of (0, 1) | the KL itself | verl-project/verl-recipe/issues/151
+other_direction | KL(q ‖ p) named KL(p ‖ q) | check the gradient | idanshen/Self-Distillation/issues/5
+one_temperature | only one model's logits divided by T | both or neither | radixark/miles/pull/1345
+top_p_scored_whole | top-p or top-k samples, full softmax | top-p 1 | nanochat, `chat_rl.py` (top-k)
+shifted_full_kl | as `shifted_pg`, in a full KL | as `shifted_pg` | as `shifted_pg`
+micro_batch_mean | a mean of micro-batch means | one sum, divided by all tokens | huggingface/trl/pull/6006
+bfloat16_logits | log-softmax of bfloat16 logits | `z.float()` first | modelscope/ms-swift/issues/10156
+clamp_min_0 | `truncated_kl.clamp(min=0)` | no clamp: it may be negative | verl-project/verl/issues/7856
+log_of_clamped | `softmax(z).clamp(1e-8).log()` | `log_softmax(z)` | modelscope/easydistill/pull/16 (review)
+end_masked | `ids != pad` with pad = end | masks from lengths | huggingface/trl/pull/6357
+k3_as_reverse_kl | `ratio - 1 - log_ratio`, named "reverse" | as `k1_as_loss` | pytorch/rl/pull/4038
+"""
+REPORTS = {line.split(" | ")[0]: line.split(" | ")[1:] for line in REPORTS.strip().splitlines()}
 BUGS = [arm for arm, (right, *_) in ARMS.items() if right and not arm.startswith("other_samples")]
 RESAMPLED = ("top_p_scored_whole", "forgotten_end")  # they change the batch itself, not only its gradient
 

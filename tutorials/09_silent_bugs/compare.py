@@ -15,31 +15,33 @@ import opd
 STEPS = 60
 LOGGED = "loss reverse_kl forward_kl student_entropy student_logp grad_norm completion_len".split()
 SMOL = lesson.ROOT / ".cache" / "smollm2"
-SETTINGS = {  # beside the training runs' own: (description, the harmless bugs that it hurts)
+SETTINGS = {  # where bugs that are harmless in training hurt: (description and reason, those bugs)
     "near": (
-        "the student is its teacher with 1 % of noise on each weight, as at the end of a long run",
+        "student = teacher + 1 % of noise: the right gradient vanishes, the error does not",
         ("one_temperature", "bfloat16_logits"),
     ),
     "flat": (
-        "the student is its teacher with logits half as large: it is less certain",
+        "student = teacher, logits halved: the truncated KL is often below zero",
         ("clamp_min_0",),
     ),
     "far": (
-        "the teacher writes in another style and gives the student's tokens hardly any probability",
+        "a teacher of another style: the weight 1 - q/p is never above 1",
         ("k3_as_reverse_kl",),
     ),
-    "sharp": ("the teacher's logits are three times as large: it is nearly certain", ("log_of_clamped",)),
+    "sharp": (
+        "the teacher's logits times three: a gap beyond q = 1e-8 does not count",
+        ("log_of_clamped",),
+    ),
     "unequal": (
-        "prompts contain 0 to 22 characters of the chain, so completions have 1 to 24 tokens",
+        "completions of 1 to 24 tokens: tokens of short ones weigh more",
         ("micro_batch_mean",),
     ),
     "short": (
-        "prompts contain the chain except for its last digit, so completions have about 2 tokens",
+        "completions of about 2 tokens: the first is not trained, one after the end is",
         ("shifted_full_kl",),
     ),
     "ends": (
-        "as near, and the student ends half of its completions with another token than its teacher, which "
-        "samples the batch",
+        "as the first, and half of the end tokens differ: this error is masked",
         ("end_masked",),
     ),
 }

@@ -15,18 +15,18 @@ import losses
 import opd
 import opsd
 
-ARMS = {  # script, arguments; of a failing run also its control
+ARMS = {  # script, arguments; of a failing run also its control, and what differs
     "tail_topk": (opd, dict(loss="tail_topk", topk=1, lr=1e-3)),
-    "topk": (opd, dict(loss="topk", topk=1, lr=1e-3), "tail_topk"),
+    "topk": (opd, dict(loss="topk", topk=1, lr=1e-3), "tail_topk", "`--loss`, with `--topk 1` in both"),
     "pg": (opd, dict(loss="pg")),
-    "k1": (opd, dict(loss="k1"), "pg"),
-    "sign": (opd, dict(loss="pg"), "pg"),
+    "k1": (opd, dict(loss="k1"), "pg", "`--loss`"),
+    "sign": (opd, dict(loss="pg"), "pg", "one line: the advantage has the wrong sign"),
     "style_A": (opd, dict(teacher="A")),
-    "style_B": (opd, dict(teacher="B"), "style_A"),
+    "style_B": (opd, dict(teacher="B"), "style_A", "the teacher writes its chain in another order"),
     "end": (opd, dict(teacher="end")),
-    "no_end": (opd, dict(teacher="no_end"), "end"),
+    "no_end": (opd, dict(teacher="no_end"), "end", "no end token in the teacher's last 150 training steps"),
     "rule": (opsd, dict(pi="system")),
-    "answer": (opsd, dict(pi="answer"), "rule"),
+    "answer": (opsd, dict(pi="answer"), "rule", "`opsd.py --pi answer`, not `--pi system`"),
 }
 EXPECTED = {  # signature: the failing runs that it is made for
     "mass_leak": ["topk"],

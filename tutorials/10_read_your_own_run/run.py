@@ -16,6 +16,15 @@ import read_run  # noqa: E402
 from arms import ARMS, CONTROLS, EXPECTED, METRICS, log, model  # noqa: E402
 
 PAIRS = {arm: ARMS[arm][2] for arm in ARMS if arm not in CONTROLS}  # failing run: its control
+FIXES = {
+    "mass_leak": "the whole vocabulary, `tail_topk`, or a larger k",
+    "no_direction": "a loss whose expected gradient depends on the teacher",
+    "mismatch": "another teacher, or SFT on its samples first",
+    "teacher_collapse": "check loss, sign and learning rate",
+    "loops": "check the end tokens and stop ids of both models",
+    "entropy_collapse": "check signs and temperatures",
+    "pi_without_accuracy": "a rule as PI instead of the answer",
+}
 BY_LOSS = {"topk": 1, "tail_topk": 3, "k1": "0.45", "pg": 5, "style_A": 0, "style_B": 0}
 
 
@@ -101,50 +110,29 @@ def findings(rows, arm):
             yield f"`{name}` ({', '.join(f'{one[name]:g}' if name in one else '-' for one in found)})"
 
 
-def alarms(rows, arm):
-    """Steps with a finding in a healthy run, which are false alarms: '`signature`: steps of each seed'."""
-    for name in EXPECTED:
-        found = [[f"{row['step']:g}" for row in log if row[name]] for log in logs(rows, arm)]
-        if any(found):
-            yield f"`{name}`: " + "; ".join(" ".join(one) or "-" for one in found)
-
-
 def tables(rows):
-    runs = [["run", "accuracy", "loss", "reverse KL, nats", "found at the end (since step, per seed)"]]
-    words = [["run", "mean KL, nats", "completion after training"]]
-    false = [["control", "steps with a finding, per seed"]]
-    for arm in [arm for pair in PAIRS.items() for arm in pair]:
-        if arm == "pg" and any(line[0] == "`pg`" for line in runs):  # the control of two runs
-            continue
-        both = [ends(log) for log in logs(rows, arm)]
-        cells = [
-            " -> ".join(lesson.spread([one[side][name] for one in both], digits) for side in (0, 1))
-            for name, digits in (("eval_accuracy", 2), ("loss", 2), ("reverse_kl", 2))
-        ]
-        runs.append([f"`{arm}`", *cells, ", ".join(findings(rows, arm)) or "nothing"])
+    head = "run, control, what differs, accuracy at the end, of its control, found at the end (since step)"
+    runs = [head.split(", ")]
+    words = [["run", "mean KL, nats", "completion"]]
+    for arm, control in PAIRS.items():
+        accuracy = [[ends(log)[1]["eval_accuracy"] for log in logs(rows, x)] for x in (arm, control)]
+        cells = [f"`{arm}`", f"`{control}`", ARMS[arm][3], *map(lesson.spread, accuracy)]
+        runs.append([*cells, ", ".join(findings(rows, arm))])
         first, last = (logs(rows, arm)[0][i] for i in (0, -1))
-        prompt, _, after = last["text"].partition("=")
-        before = first["text"].partition("=")[2]
-        words.append([f"`{arm}`", f"{first['mean_kl']:.3f} -> {last['mean_kl']:.3f}", lesson.quoted(after)])
-        if arm in ("tail_topk", "rule"):  # the students of opd.py have the same initial weights
-            script = "opd.py" if arm == "tail_topk" else "opsd.py"
-            words.insert(len(words) - 2, [f"before training, `{script}`", "", lesson.quoted(before)])
-        if arm in CONTROLS:
-            false.append([f"`{arm}`", ". ".join(alarms(rows, arm)) or "none"])
-    margins = [["signature", "quantity", "threshold", "failing runs", "their controls", "all controls"]]
+        texts = [lesson.quoted(row["text"].partition("=")[2]) for row in (first, last)]
+        words += [["before training", "", texts[0]]] if len(words) == 1 else []
+        words.append([f"`{arm}`", f"{first['mean_kl']:.3f} -> {last['mean_kl']:.3f}", texts[1]])
+    margins = [["finding", "quantity (main condition)", "threshold", "failing runs", "controls", "fix"]]
     for name, failing in EXPECTED.items():
-        pi = name == "pi_without_accuracy"
         judged = [arm for arm in CONTROLS if name not in lacking(rows, arm)]
-        groups = failing, dict.fromkeys(PAIRS[arm] for arm in failing), judged
-        found = [[quantities(log)[name] for arm in some for log in logs(rows, arm)] for some in groups]
-        cells = [f"{min(some)[2]:.3g} to {max(some)[2]:.3g}" for some in found]
-        labels = [", ".join(f"`{arm}`" for arm in some) for some in groups[:2]]
-        shown = [f"{cells[0]} ({labels[0]})", f"{cells[1]} ({labels[1]})", "" if pi else cells[2]]
-        margins.append([f"`{name}`", *found[0][0][:2], *shown])
+        groups = [[quantities(x)[name] for arm in y for x in logs(rows, arm)] for y in (failing, judged)]
+        cells = [f"{min(group)[2]:.3g} to {max(group)[2]:.3g}" for group in groups]
+        cells[0] += f" ({', '.join(f'`{arm}`' for arm in failing)})"
+        margins.append([f"`{name}`", *groups[0][0][:2], *cells, FIXES[name]])
     found = read_run.diagnose(logs(rows, "k1")[0])[0].items()
     report = [f"FOUND since step {step:g}: {each.__doc__}: {numbers}" for each, (step, numbers) in found]
-    cells = dict(runs=runs, margins=margins, words=words, false=false)
-    return {k: lesson.table(*v) for k, v in cells.items()} | {"report": ["```text", *report, "```"]}
+    cells = {name: lesson.table(*x) for name, x in {"runs": runs, "words": words, "margins": margins}.items()}
+    return cells | {"report": ["```text", *report, "```"]}
 
 
 def lacking(rows, arm):
