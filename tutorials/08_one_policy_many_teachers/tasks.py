@@ -66,5 +66,4 @@ def real_task(arm, m, seed, smoke):
     train = [{**row, "privileged": rng.choice(systems)} for row in train]
     args = dict(batch_size=8, max_new_tokens=12, steps=20, warmup_steps=2)
     args |= dict(batch_size=1, max_new_tokens=4, steps=1) if smoke else {}
-    new = new[: 2 if smoke or arm == "teacher" else 16]  # of the prompted teacher only the text is shown
-    return str(SMOL / "teacher"), train, new, args
+    return str(SMOL / "teacher"), train, new[: 2 if smoke else 16], args
