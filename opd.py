@@ -102,10 +102,10 @@ class Args:
     micro_batch_size: int = arg(16, "rollouts scored at once; no effect on the result", "[1,inf)", "memory")
     chunk_tokens: int = arg(512, "tokens whose logits exist at one time; no effect on the result", "[1,inf)")
     gradient_checkpointing: bool = arg(False, "recompute activations in backward: less memory, more time")
-    dtype: str = arg("auto", "of matrix products and the teacher; not of weights", "auto|float32|bfloat16")
+    dtype: str = arg("auto", "of matrix products; student weights stay float32", "auto|float32|bfloat16")
     device: str = arg("auto", "where to run", "auto|cpu|cuda")
     out: str = arg("runs/opd", "folder for metrics and models", group="evaluation and saving")
-    eval_every: int = arg(50, "evaluate every N steps, besides start and end; 0 = only then", "[0,inf)")
+    eval_every: int = arg(50, "evaluate at both ends and every N steps; 0 = at both ends only", "[0,inf)")
     eval_samples: int = arg(1, "completions of each held-out prompt: avg@n and pass@n", "[1,inf)")
     save_every: int = arg(0, "write a checkpoint every N steps and after the last; 0 = only then", "[0,inf)")
     show_samples: int = arg(0, "print N of the samples of each evaluation", "[0,8]")
@@ -115,7 +115,7 @@ class Args:
 
 
 class Teacher:
-    """What scores, as train sees it; other functions get its model as `teacher`. This one is frozen and reads
+    """The teacher as train sees it; the functions that compute get its model. This one is frozen and reads
     the student's prompt; opsd.py's reads privileged information, and its weights may follow the student's."""
 
     task, columns = "opd", []  # the toy that --student toy means; data columns to require beside the prompt
@@ -199,7 +199,8 @@ def train(args, make_teacher=Teacher):
 
             # 2. Score and update: both models score the same completion tokens, each after its own prompt.
             batch = [x for x in batch for _ in range(n)]
-            rollouts = [replace(r, prompt=x.prompt) for r, x in zip(rollouts, batch, strict=True)]  # not PI
+            # Whoever sampled a rollout, the student reads it after its own prompt.
+            rollouts = [replace(r, prompt=x.prompt) for r, x in zip(rollouts, batch, strict=True)]
             teacher_prompts = [x.teacher_prompt for x in batch]
             loss = LOSSES[args.loss] if step > args.sft_steps else SFT
             updates = []
@@ -209,7 +210,7 @@ def train(args, make_teacher=Teacher):
                     updates.append(update(*inputs))
             teacher.follow(student, step)
 
-            # 3. Evaluate, log, save. Of several updates the first is logged: it scored what sampled.
+            # 3. Evaluate, log, save. Of several updates, the first scored the weights that sampled.
             row = {"step": step, **updates[0], **rollout_metrics(rollouts, device), **seconds}
             row.update(teacher.measure(row, evaluating=False), lr=lr_at(step, args))
             row.update(tokens_per_s=row["tokens"] / (clock(device) - begin), peak_mem_gb=peak_gb(device))
@@ -262,9 +263,7 @@ def sample(model, prompts, n, stop_ids, key, prompt_keys, max_new_tokens, temper
     position = (mask.cumsum(dim=1) - 1).clamp(min=0)  # [B,width]
     cache = DynamicCache(config=model.config)
     forward = functools.partial(body_of(model), past_key_values=cache, use_cache=True)
-    hidden = forward(
-        input_ids=ids, attention_mask=mask, position_ids=position
-    ).last_hidden_state  # [B,width,D]
+    hidden = forward(input_ids=ids, attention_mask=mask, position_ids=position).last_hidden_state
     logits = project(model, hidden[:, -1]).repeat_interleave(n, dim=0)  # [R,V]
     cache.reorder_cache(torch.arange(len(prompts), device=device).repeat_interleave(n))
     mask = mask.repeat_interleave(n, dim=0)  # [R,width]
@@ -825,7 +824,8 @@ def check_model(model, vocab, sample=sample):
     bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
     ids, gaps = list(range(min(8, vocab))), []
     with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        # Prompts of unequal length, and rows that finish early. (sample: not a tutorial's patch of it.)
+        # Prompts of unequal length, and rows that finish early. `sample` is bound in the signature, so that a
+        # tutorial's patch of it does not reach this check.
         rollouts = sample(model, [ids[:3], ids], 2, list(range(0, vocab, 8)), (0, 0), (0, 1), 6)
         rows = [torch.tensor(r.prompt + r.completion, device=model.device) for r in rollouts]
         rows = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # [R,L], padded on the right
@@ -833,7 +833,7 @@ def check_model(model, vocab, sample=sample):
         own = logits.float().log_softmax(-1)  # [R,L,V], by one forward of the whole model
         need(not own.isnan().any(), "its logits are not finite: damaged weights; use another copy")
         for logp, r in zip(own, rollouts, strict=True):
-            # The causal shift once more, on its own: this checks the other.
+            # The causal shift once more, written independently: this checks the other.
             drawn = zip(logp[len(r.prompt) - 1 :], r.completion, r.logp, strict=False)
             gaps += [abs(logp_t[y].item() - reported) for logp_t, y, reported in drawn]
         why = "is not causal, has another kind of cache, or logits made of more than hidden states"
@@ -906,7 +906,8 @@ FREE_ON_RESUME = (  # what a resumed run may change: nothing that enters the ari
 
 
 def resume(student, teacher, optimizer, args):
-    """With --resume, put the newest whole checkpoint's weights and moments in place -> its steps; else 0."""
+    """With --resume, put the newest whole checkpoint's weights and moments in place -> its steps, else 0;
+    the same on all ranks."""
     folders, step = checkpoints(args.out) if args.resume else [], 0
     for folder in folders:
         try:
@@ -1161,10 +1162,10 @@ def main(args_class=Args, train=train):
         train(args_class(**vars(found)))
     except UserError as error:
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-        if (
-            os.environ.get("LOCAL_RANK", "0") != "0"
-        ):  # most errors meet all ranks: let the first speak for them
-            time.sleep(60)  # it exits, and torchrun kills the others; one that is still there failed alone
+        # Most errors meet all ranks: the first prints and exits, and torchrun kills the others. A rank that
+        # is still there after a minute has failed alone, and prints too.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(60)
         print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(2)
     finally:

@@ -56,7 +56,7 @@ def train(part, loss, lr, seed, steps, smoke):
         names = METRICS | {"held_out_kl": "eval_reverse_kl"}
         head = {"loss": loss, "k": K, "lr": lr, "seed": seed}
         rows = [{**head, "step": x["step"], **{n: x.get(m, "") for n, m in names.items()}} for x in history]
-        samples = (Path(final).parent / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        samples = (Path(final).parent / "samples.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         for sample in map(json.loads, samples):
             row, which = next(x for x in rows if x["step"] == sample["step"]), sample["row"]
             if which < len(REQUESTS):
