@@ -523,9 +523,10 @@ def test_resume_after_a_torn_checkpoint(file, a_run, call):
     assert sorted(p.name for p in a_run.glob("step_*")) == ["step_000003", "step_000004"]
 
 
-def test_resume_where_all_checkpoints_are_torn(a_run, call):
+@pytest.mark.parametrize("file", ["trainer.pt", "model.safetensors"])  # the second is read after the step
+def test_resume_where_all_checkpoints_are_torn(file, a_run, call):
     for folder in a_run.glob("step_*"):
-        cut(folder / "trainer.pt")
+        cut(folder / file)
     before = contents(a_run)
     code, lines = call(resume=True, **{**A_RUN, "steps": 4})
     assert code == 2 and len(lines) == 3 and f"--out {a_run}: " in lines[-1] and "choose another" in lines[-1]

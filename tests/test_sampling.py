@@ -289,6 +289,17 @@ def test_no_two_keys_share_a_draw():
     assert opd.uniforms(~0, 0, 5, 2, 7) not in draws  # evaluation's key
 
 
+def test_a_draw_is_keyed_by_prompt_then_sample_then_position(monkeypatch):
+    """The order is part of what makes a run reproducible: with it changed, all draws change."""
+    keys, uniforms = [], opd.uniforms
+    monkeypatch.setattr(opd, "uniforms", lambda *key: keys.append(key) or uniforms(*key))
+    draw(make_model(0), RAGGED[:2], n=3, stop_ids=[], key=(4, 5), prompt_keys=[7, 9], length=2)
+    for t, (seed, step, prompt, sample, position) in enumerate(keys):
+        assert (seed, step, position) == (4, 5, t)
+        assert prompt.tolist() == [7, 7, 7, 9, 9, 9] and sample.tolist() == [0, 1, 2, 0, 1, 2]
+    assert len(keys) == 2
+
+
 def test_uniforms_are_the_same_for_numbers_and_tensors():
     one_by_one = [opd.uniforms(0, 1, i, 2 * i, 7).item() for i in range(6)]
     at_once = opd.uniforms(0, torch.tensor(1), torch.arange(6), torch.arange(6) * 2, 7)
