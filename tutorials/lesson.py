@@ -170,6 +170,11 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+def call(function, *args):
+    """The function of in_parallel for jobs that begin with their own."""
+    return function(*args)
+
+
 def in_parallel(function, jobs, title, workers=2):
     """[function(*job) for job in jobs] in single-threaded processes; function must be at module level."""
     jobs, mode = list(jobs), multiprocessing.get_context("spawn")

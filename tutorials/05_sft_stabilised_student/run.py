@@ -18,7 +18,7 @@ import upper_case  # noqa: E402
 
 import opd  # noqa: E402
 
-SEEDS, FEW, COUNTS = (0, 1, 2), 300, (100, 300, 1000, 10_000)  # COUNTS: completions of the teacher
+SEEDS, FEW, COUNTS = (0, 1, 2), 300, (100, 300, 1000)  # COUNTS: completions of the teacher
 STEPS, SFT_STEPS, LONG = 300, 150, 800  # budget in steps of OPD; SFT before OPD; OPD only goes on to LONG
 SHARES = (0.25, 0.5, 1, 2)  # of the budget, for SFT only
 REAL_SFT = {"opd": 0, "sft": 10, "sft_opd": 5}  # on SmolLM2: SFT steps
@@ -65,19 +65,15 @@ def real_arm(arm, seed, smoke):
     return upper_case.run("capitals", at, smoke, REAL_SFT[arm], REAL_TOTAL[arm])
 
 
-def call(function, *args):
-    return function(*args)
-
-
 def run_toy(smoke):
     seeds, counts, shares = (SEEDS[:1], (FEW,), (1,)) if smoke else (SEEDS, COUNTS, SHARES)
     lesson.data(smoke)
     models = [(lesson.teacher, seed, smoke, "B") for seed in seeds]
-    lesson.in_parallel(call, models + [(lesson.student, seed, smoke) for seed in seeds], "models")
+    lesson.in_parallel(lesson.call, models + [(lesson.student, seed, smoke) for seed in seeds], "models")
     arms = [(opd_arm, "opd", 0), *((opd_arm, "sft_opd", n) for n in counts), (opd_arm, "same_prompts", FEW)]
     arms += [*((sft_arm, FEW, share) for share in shares), *((sft_arm, n, 1) for n in counts if n != FEW)]
     jobs = [(*arm, seed, smoke) for arm in arms for seed in seeds]
-    return sum(lesson.in_parallel(call, jobs, "students"), [])
+    return sum(lesson.in_parallel(lesson.call, jobs, "students"), [])
 
 
 def run_real(smoke):

@@ -26,7 +26,7 @@ REAL = {
 RATES = 1e-4, 2e-5  # learning rates of the real part
 TEMPLATE = {"toy": "{privileged}{prompt}", "real": "{prompt}\n\n{privileged}"}
 CHAIN = {"^": 0.6, "@": 1, "!": 0, "|": 0, "~": 1}  # share of chains in pre-training: bare prompt, each PI
-SMOL, SHORT, HELD_OUT, TEMPERATURE = lesson.ROOT / ".cache" / "smollm2", 120, 12, 0.7
+SMOL, SHORT, HELD_OUT, TEMPERATURE, STEPS = lesson.ROOT / ".cache" / "smollm2", 120, 12, 0.7, 8
 
 
 def example(rng):
@@ -76,9 +76,12 @@ def mean(values):
     return sum(values) / len(values)
 
 
-def measured(part, model, teacher, rows, pi, *sampling):
-    """Columns of the CSV, of completions without PI; kl is per token, kl_completion per completion."""
-    found = add_kl(part, lesson.answered(model, rows, *sampling), rows, pi, model, teacher)
+def measured(part, model, teacher, rows, pi, found):
+    """Columns of the CSV, of a model's completions without PI (from lesson.answered, not changed).
+
+    kl is per token, kl_completion per completion.
+    """
+    found = add_kl(part, [dict(x) for x in found], rows, pi, model, teacher)
     row = {"accuracy": mean(x["right"] for x in found), "length": mean(len(x["ids"]) for x in found)}
     row |= {"kl": mean(y for x in found for y in x["kl"]), "kl_completion": mean(sum(x["kl"]) for x in found)}
     row["chain"] = mean(";" in x["text"] for x in found)
@@ -95,7 +98,8 @@ def toy_arm(arm, seed, smoke):
     args |= {"pi": "instruction", "pi_template": TEMPLATE["toy"], "max_new_tokens": 26, "eval_samples": 2}
     args |= {"micro_batch_size": 64, "loss": "reverse_kl", **MORE.get(arm, {})}
     with lesson.distilled(opsd, **args) as (log, final):
-        old, new = (measured("toy", x, folder, held_out, TOY[arm], (seed, 6), 1, 26) for x in (folder, final))
+        found = [(x, lesson.answered(x, held_out, (seed, 6), 1, 26)) for x in (folder, final)]
+        old, new = (measured("toy", x, folder, held_out, TOY[arm], said) for x, said in found)
     rows = []
     for x in (x for x in log if "eval_len" in x):
         row = {"arm": arm, "seed": seed, "step": x["step"], **{0: old, steps: new}.get(x["step"], {})}
@@ -116,27 +120,38 @@ def real_rows():
     return rows[:-HELD_OUT], rows[-HELD_OUT:]
 
 
-def real_arm(arm, seed, smoke):
-    """Rows of a run on SmolLM2 for each learning rate, before and after.
+def real_sizes(smoke):
+    """Held-out rows, and the arguments that all runs on SmolLM2 have in common."""
+    args = {"student": str(SMOL / "teacher"), "pi": "instruction", "pi_template": TEMPLATE["real"]}
+    args |= {"loss": "reverse_kl", "warmup_steps": 2, "eval_every": 0, "temperature": TEMPERATURE}
+    args |= {"steps": STEPS, "batch_size": 4, "samples_per_prompt": 2, "max_new_tokens": 24}
+    tiny = {"steps": 1, "batch_size": 1, "samples_per_prompt": 1, "max_new_tokens": 4}
+    return real_rows()[1][: 2 if smoke else HELD_OUT], args | (tiny if smoke else {})
 
-    with_pi: the accuracy of the teacher, which reads the PI. It and the row before do not depend on the rate.
-    """
-    (train, held_out), folder, rates = real_rows(), str(SMOL / "teacher"), RATES[: 1 if smoke else 2]
-    held_out, n, new_tokens = (held_out[:2], 1, 4) if smoke else (held_out, 2, 24)
-    args = {"student": folder, "pi": "instruction", "pi_template": TEMPLATE["real"], "seed": seed}
-    args |= {"data": lesson.kept_rows(f"pi_real_{arm}", with_pi(train, REAL[arm])), "eval_every": 0}
-    args |= {"loss": "reverse_kl", "warmup_steps": 2, "steps": 1 if smoke else 8}
-    args |= {"batch_size": 1 if smoke else 4, "samples_per_prompt": n, "max_new_tokens": new_tokens}
-    args["temperature"] = TEMPERATURE
-    sampling, shown = ((seed, 6), n, new_tokens, TEMPERATURE), with_pi(held_out, REAL[arm])
-    prompts = [opsd.teacher_prompt(None, shown, i, opsd.Args(**args))[0] for i in range(len(shown))]
-    asked = [{**row, "prompt": prompt} for row, prompt in zip(shown, prompts, strict=True)]
-    old, rows = measured("real", folder, folder, held_out, REAL[arm], *sampling), []
-    old["with_pi"] = mean(x["right"] for x in lesson.answered(folder, asked, (seed, 6), 1, *sampling[2:]))
-    for lr in rates:
-        with lesson.distilled(opsd, **args, lr=lr) as (_, final):
-            new = measured("real", final, folder, held_out, REAL[arm], *sampling)
-        new["closed"] = 1 - new["kl_completion"] / old["kl_completion"]
-        at = {"arm": arm, "lr": lr, "seed": seed}
-        rows += [{**at, "step": step, **x} for step, x in ((0, old), (args["steps"], new))]
-    return rows
+
+def real_samples(path, rows, args, seed, n=None):
+    n = n or args["samples_per_prompt"]
+    return lesson.answered(path, rows, (seed, 6), n, args["max_new_tokens"], TEMPERATURE)
+
+
+def real_before(seed, smoke):
+    """Columns of the initial model for each arm. with_pi: the accuracy of the teacher, which reads the PI."""
+    (held_out, args), found = real_sizes(smoke), {}
+    said = real_samples(args["student"], held_out, args, seed)
+    for arm, pi in REAL.items():
+        found[arm] = measured("real", args["student"], args["student"], held_out, pi, said)
+        shown = with_pi(held_out, pi)
+        prompts = [opsd.teacher_prompt(None, shown, i, opsd.Args(**args))[0] for i in range(len(shown))]
+        asked = [{**row, "prompt": prompt} for row, prompt in zip(shown, prompts, strict=True)]
+        answers = real_samples(args["student"], asked, args, seed, 1)
+        found[arm]["with_pi"] = mean(x["right"] for x in answers)
+    return found
+
+
+def real_after(arm, lr, seed, smoke):
+    """Columns of SmolLM2 after one run of opsd.py."""
+    held_out, args = real_sizes(smoke)
+    args["data"] = lesson.kept_rows(f"pi_real_{arm}", with_pi(real_rows()[0], REAL[arm]))
+    with lesson.distilled(opsd, **args, lr=lr, seed=seed) as (_, final):
+        said = real_samples(final, held_out, args, seed)
+        return measured("real", final, args["student"], held_out, REAL[arm], said)

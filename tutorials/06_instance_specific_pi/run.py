@@ -10,6 +10,7 @@ Two more arms of the toy replace the loss by `pg`, with the advantage of a token
 follow too (gamma 1).
 """
 
+import itertools
 import json
 import sys
 
@@ -30,8 +31,15 @@ def real_part(smoke):
         print(f"this part needs more packages: {command}\n--only toy runs the other part", file=sys.stderr)
         sys.exit(2)
     smollm2.build(arms.SMOL)
-    jobs = [(arm, seed, smoke) for seed in range(1 if smoke else 3) for arm in REAL]
-    return sum(lesson.in_parallel(arms.real_arm, jobs, "real model"), [])
+    seeds, rates = range(1 if smoke else 3), RATES[: 1 if smoke else 2]
+    runs = list(itertools.product(list(REAL)[: 1 if smoke else 3], rates, seeds))
+    jobs = [(arms.real_after, *run, smoke) for run in runs] + [(arms.real_before, s, smoke) for s in seeds]
+    found, rows = lesson.in_parallel(lesson.call, jobs, "real model"), []
+    for (arm, lr, seed), new in zip(runs, found[: len(runs)], strict=True):
+        old, at = found[len(runs) + seed][arm], {"arm": arm, "lr": lr, "seed": seed}
+        new["closed"] = 1 - new["kl_completion"] / old["kl_completion"]
+        rows += [{**at, "step": 0, **old}, {**at, "step": 1 if smoke else arms.STEPS, **new}]
+    return rows
 
 
 def ends(rows, part, arm, lr=""):

@@ -1,7 +1,8 @@
 """OPSD with a rule that is the same for all prompts: which teacher works, and what else the training changes.
 
-toy   Two rules, and base models that follow them after the prompt `@|`. The arms differ in how the teacher's
-      weights move, in the learning rate, or in the loss: SFT on the teacher's completions.
+toy   Base models that follow the rule, to write the chain of thought, after the prompt `@|`. The arms differ
+      in how the teacher's weights move, in the learning rate, or in the loss: SFT on the teacher's
+      completions.
 real  SmolLM2-135M-Instruct with a system prompt as the rule (rules.py): OPSD and SFT at equal steps, scored
       by the check of their rule. The controls: the check of the other rule, which is not trained, without and
       with that rule in the prompt, and trivia.
@@ -22,36 +23,25 @@ import toy  # noqa: E402
 
 import opsd  # noqa: E402
 
-SEEDS, LIVE, REAL = (0, 1, 2), {"teacher_mode": "live"}, ("OPSD", "SFT")
+RULE, SEEDS, LIVE, REAL = "write_it_out", (0, 1, 2), {"teacher_mode": "live"}, ("OPSD", "SFT")
 TOY = {"frozen": {}, "SFT": {}, "EMA": {"teacher_mode": "ema", "ema_decay": 0.95}, "live": LIVE}
 TOY |= {"live_1e-4": {**LIVE, "lr": 1e-4}, "live_3e-5": {**LIVE, "lr": 3e-5, "steps": 300}}
-ARMS = {"write_it_out": list(TOY), "prefer_style_B": ["frozen", "SFT", "live"]}
 FULL = {"batch_size": 32, "steps": 100, "max_new_tokens": 40, "eval_every": 25}
 
 
-def either_style(rng):
-    """A training example: style A or B at random after a bare prompt, always B after the rule."""
-    a, b = toy.problem(rng)
-    pi, style = (f"{toy.RULE}|", "B") if rng.random() < 0.4 else ("", rng.choice("AB"))
-    return pi + toy.prompt(a, b), toy.chain(a, b, style)
+def base(seed, smoke):
+    steps = 3 if smoke else 1000
+    return lesson.kept(f"rule_{RULE}_{seed}_{steps}", lambda: toy.pretrain(toy.told, seed, steps), toy.told)
 
 
-WRITERS = {"write_it_out": (toy.told, "A"), "prefer_style_B": (either_style, "B")}
-
-
-def base(rule, seed, smoke):
-    write, steps = WRITERS[rule][0], 3 if smoke else 1000
-    return lesson.kept(f"rule_{rule}_{seed}_{steps}", lambda: toy.pretrain(write, seed, steps), write)
-
-
-def toy_run(rule, arm, seed, smoke):
-    """Rows of one run of opsd.py. score: exact probability of the whole right chain in the rule's style."""
-    start, rows = base(rule, seed, smoke), toy.rows(4 if smoke else 256, True, WRITERS[rule][1], seed)
+def toy_run(arm, seed, smoke):
+    """Rows of one run of opsd.py. score: exact probability of the whole right chain."""
+    start, rows = base(seed, smoke), toy.rows(4 if smoke else 256, True, "A", seed)
     args = {"student": start, "pi": "system", "pi_template": "{privileged}|{prompt}", "seed": seed}
     args |= {"data": lesson.kept_rows("rule_train", toy.rows(5000, seed=seed)), "loss": "reverse_kl"}
     args |= {"eval_data": lesson.kept_rows("rule_held_out", rows[:128]), "lr": 3e-4}
     args |= FULL | TOY[arm] | ({"batch_size": 4, "steps": 1, "max_new_tokens": 12} if smoke else {})
-    at, ruled = {"rule": rule, "arm": arm, "seed": seed}, [{**x, "prompt": f"@|{x['prompt']}"} for x in rows]
+    at, ruled = {"rule": RULE, "arm": arm, "seed": seed}, [{**x, "prompt": f"@|{x['prompt']}"} for x in rows]
     with lesson.distilled(opsd, **args, sft_steps=args["steps"] * (arm == "SFT")) as (log, final):
         ends = []
         for who, path, asked in (("before", start, rows), ("prompted", start, ruled), ("after", final, rows)):
@@ -78,10 +68,10 @@ def real_run(rule, arm, seed, smoke):
 
 
 def run_toy(smoke):
-    jobs = [(rule, seed, smoke) for rule in WRITERS for seed in SEEDS[: 1 if smoke else 3]]
+    jobs = [(seed, smoke) for seed in SEEDS[: 1 if smoke else 3]]
     if not smoke:  # there toy_run makes them: another pool of processes would take longer
         lesson.in_parallel(base, jobs, "base models")
-    jobs = [(job[0], arm, *job[1:]) for job in jobs for arm in ARMS[job[0]]]
+    jobs = [(arm, *job) for job in jobs for arm in TOY]
     return sum(lesson.in_parallel(toy_run, jobs, "toy"), [])
 
 
