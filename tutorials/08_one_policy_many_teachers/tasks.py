@@ -62,8 +62,7 @@ def real_task(arm, m, seed, smoke):
     systems, rng = list(SYSTEM.values())[:m], random.Random(seed)
     for row in new:
         row["teachers"] = [[{"role": "system", "content": text}, *row["prompt"]] for text in systems]
-        row["prompt"] = row["teachers"][-1] if arm == "teacher" else row["prompt"]
     train = [{**row, "privileged": rng.choice(systems)} for row in train]
-    args = dict(batch_size=8, max_new_tokens=12, steps=20, warmup_steps=2)
+    args = dict(batch_size=4, samples_per_prompt=2, max_new_tokens=12, steps=12, warmup_steps=2)
     args |= dict(batch_size=1, max_new_tokens=4, steps=1) if smoke else {}
     return str(SMOL / "teacher"), train, new[: 2 if smoke else 16], args
