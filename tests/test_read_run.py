@@ -220,8 +220,8 @@ def chapter_3(loss, part, lr, seed):
     [  # in each seed, the steps (of 5; of 2 in the last line) at which mass_leak is found
         ("topk", "real", 3e-5, ([2, 3, 4, 5], [4, 5], [4, 5])),
         ("topk", "damaged", 1e-4, ([3, 4, 5], [4, 5], [4, 5])),
-        ("topk", "damaged", 3e-5, ([4, 5], [4, 5], [])),  # missed in seed 2: its mass falls by 0.09
-        ("sg_topk", "damaged", 1e-4, ([4, 5], [5], [])),
+        ("topk", "damaged", 3e-5, ([3, 4, 5], [4, 5], [])),  # missed in seed 2: its mass falls by 0.09
+        ("sg_topk", "damaged", 1e-4, ([3], [4, 5], [])),
         ("tail_topk", "damaged", 1e-4, ([3], [], [])),  # a false alarm that is gone at the end
         ("norm_topk", "damaged", 1e-4, ([], [], [])),
         ("reverse_kl", "damaged", 1e-4, ([], [], [])),
@@ -246,14 +246,15 @@ def test_chapter_3_margins():
     pushed = [("topk", "real", 3e-5), ("topk", "damaged", 1e-4)]
     losses = ("reverse_kl", "norm_topk", "tail_topk")
     healthy = [(loss, "damaged", lr) for loss in losses for lr in (3e-5, 1e-4)]
+    healthy.remove(("tail_topk", "damaged", 3e-5))  # not run
     drops = [[], []]
     for which, runs in enumerate((pushed, healthy)):
         for run in runs:
             for seed in range(3):
                 log = chapter_3(*run, seed)
                 drops[which].append(log[0]["mass"] - log[-1]["mass"])
-    assert [len(x) for x in drops] == [6, 18]
-    assert min(drops[0]) == pytest.approx(0.220, abs=1e-3) and max(drops[1]) == pytest.approx(0.063, abs=1e-3)
+    assert [len(x) for x in drops] == [6, 15]
+    assert min(drops[0]) == pytest.approx(0.220, abs=1e-3) and max(drops[1]) == pytest.approx(0.078, abs=1e-3)
 
 
 @pytest.mark.parametrize("rule", ["french", "pirate"])

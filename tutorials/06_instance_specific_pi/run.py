@@ -62,6 +62,8 @@ def plot(rows, path):
         first, end = (mean(x["accuracy"] for x in found) for found in ends(rows, "toy", arm))
         label, ours = f"{label}\naccuracy {first:.2f} → {end:.2f}", lesson.select(rows, part="toy", arm=arm)
         lesson.curve(panel, ours, "step", "kl_completion", colour, label, lw=2)
+    ours = lesson.select(rows, part="toy", arm="answer")
+    lesson.curve(panel, ours, "step", "kl", black, "reverse_kl, KL per token", ls="--")
     panel.set(xlabel="step", ylabel="KL to the teacher, nats per completion", ylim=(-2, None))
     panel.set_xlim(0, (1.7 if real else 1.3) * last)
     panel.set_xticks(range(0, int(last) + 1, 20))
