@@ -1,9 +1,11 @@
 """tutorials/lesson.py: what the chapters share must not mislead them."""
 
 import contextlib
+import os
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tutorials"))
@@ -94,3 +96,11 @@ def test_a_markdown_table():
         "| --- | --- |",
         "| 1 | `x \\|'y` |",
     ]
+
+
+def test_in_parallel_starts_two_processes_for_all_calls(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = {pid for _ in range(3) for pid in lesson.in_parallel(os.getpid, [()] * 4, "")}
+    assert len(found) <= 2 and os.getpid() not in found
+    jobs = [(torch.get_num_threads,), (pow, 2, 3), (abs, -1)]
+    assert lesson.in_parallel(lesson.call, jobs, "") == [1, 8, 1]  # one thread; in the order of the jobs

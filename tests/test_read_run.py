@@ -225,8 +225,7 @@ def chapter_3(loss, part, lr, seed):
         ("tail_topk", "damaged", 1e-4, ([3], [], [])),  # a false alarm that is gone at the end
         ("norm_topk", "damaged", 1e-4, ([], [], [])),
         ("reverse_kl", "damaged", 1e-4, ([], [], [])),
-        ("reverse_kl", "damaged", 3e-5, ([], [], [])),
-        ("sg_topk", "real", 3e-5, ([], [], [])),
+        ("sg_topk", "real", 3e-5, ([],)),
     ],
 )
 def test_chapter_3_real_model_logs(loss, part, lr, found, tmp_path):
@@ -244,16 +243,15 @@ def test_chapter_3_real_model_logs(loss, part, lr, found, tmp_path):
 def test_chapter_3_margins():
     """Decreases of student_mass with the loss that pushes mass out of S and with others; threshold 0.1."""
     pushed = [("topk", "real", 3e-5), ("topk", "damaged", 1e-4)]
-    losses = ("reverse_kl", "norm_topk", "tail_topk")
-    healthy = [(loss, "damaged", lr) for loss in losses for lr in (3e-5, 1e-4)]
-    healthy.remove(("tail_topk", "damaged", 3e-5))  # not run
+    healthy = [(loss, "damaged", 1e-4) for loss in ("reverse_kl", "norm_topk", "tail_topk")]
+    healthy.append(("norm_topk", "damaged", 3e-5))
     drops = [[], []]
     for which, runs in enumerate((pushed, healthy)):
         for run in runs:
             for seed in range(3):
                 log = chapter_3(*run, seed)
                 drops[which].append(log[0]["mass"] - log[-1]["mass"])
-    assert [len(x) for x in drops] == [6, 15]
+    assert [len(x) for x in drops] == [6, 12]
     assert min(drops[0]) == pytest.approx(0.220, abs=1e-3) and max(drops[1]) == pytest.approx(0.078, abs=1e-3)
 
 

@@ -16,6 +16,7 @@ expected.json is a list of claims. Each takes a number from the CSV, or the diff
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import inspect
 import io
@@ -175,12 +176,16 @@ def call(function, *args):
     return function(*args)
 
 
+@functools.cache
+def processes(workers):
+    """The pool of all calls with so many workers: each process takes seconds to start and to import torch."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), one_thread)
+
+
 def in_parallel(function, jobs, title, workers=2):
     """[function(*job) for job in jobs] in single-threaded processes; function must be at module level."""
-    jobs, mode = list(jobs), multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mode, one_thread) as pool:
-        waiting = [pool.submit(function, *job) for job in jobs]
-        return [done.result() for done in tqdm(waiting, desc=title, unit="run")]
+    waiting = [processes(workers).submit(function, *job) for job in jobs]
+    return [done.result() for done in tqdm(waiting, desc=title, unit="run")]
 
 
 # ----------------------------------------------------------------------------------- rows, numbers, claims

@@ -8,10 +8,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
 
 import lesson  # noqa: E402
-import torch  # noqa: E402
 import toy  # noqa: E402
 
-import opd  # noqa: E402
 import opsd  # noqa: E402
 
 # What the teacher reads beside the prompt: {answer} is that of the problem, {other} that of another problem.
@@ -23,7 +21,7 @@ REAL = {
     "shuffled": "The answer is {other}.",
     "rule": "Answer in French.",
 }
-RATES = 1e-4, 2e-5  # learning rates of the real part
+RATES = {"answer": (1e-4, 2e-5), "shuffled": (2e-5,), "rule": (1e-4,)}  # learning rates of the real part
 TEMPLATE = {"toy": "{privileged}{prompt}", "real": "{prompt}\n\n{privileged}"}
 CHAIN = {"^": 0.6, "@": 1, "!": 0, "|": 0, "~": 1}  # share of chains in pre-training: bare prompt, each PI
 SMOL, SHORT, HELD_OUT, TEMPERATURE, STEPS = lesson.ROOT / ".cache" / "smollm2", 120, 12, 0.7, 8
@@ -58,7 +56,8 @@ def with_pi(rows, pi):
 def add_kl(part, found, rows, pi, student, teacher):
     """Add to each completion of lesson.answered the KL of each token to the teacher that reads the PI."""
     args = opsd.Args(pi="instruction", pi_template=TEMPLATE[part], dtype="float32")
-    student, teacher, tokenizer, _ = opd.load_pair(student, teacher, args, torch.device("cpu"))
+    (tokenizer, student), (_, teacher) = lesson.load(student), lesson.load(teacher)
+    student.shares_prompts = teacher.shares_prompts = True  # completions of one prompt share its pass
     shown = with_pi(rows, pi)
     prompts = [opsd.encode_teacher_prompt(tokenizer, shown, i, args, 1000) for i in range(len(rows))]
     for some in (found[i : i + 16] for i in range(0, len(found), 16)):

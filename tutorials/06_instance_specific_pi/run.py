@@ -2,15 +2,14 @@
 
 toy   2 x 2: the PI holds the answer or not, and the teacher writes the chain of thought or not. One base
       model per seed, trained to react to each PI, is the initial student and the frozen teacher of each arm.
-real  SmolLM2-135M-Instruct, whose teacher reads the prompt's own answer, that of another prompt, or a rule;
-      each at two learning rates.
+real  SmolLM2-135M-Instruct, whose teacher reads the prompt's own answer, at two learning rates, that of
+      another prompt (the control of the smaller rate), or a rule (that of the larger).
 
 Otherwise the arms (arms.py) differ in the PI, the column `privileged` of the data, and in nothing else.
 Two more arms of the toy replace the loss by `pg`, with the advantage of a token (gamma 0) or of all that
 follow too (gamma 1).
 """
 
-import itertools
 import json
 import sys
 
@@ -31,8 +30,8 @@ def real_part(smoke):
         print(f"this part needs more packages: {command}\n--only toy runs the other part", file=sys.stderr)
         sys.exit(2)
     smollm2.build(arms.SMOL)
-    seeds, rates = range(1 if smoke else 3), RATES[: 1 if smoke else 2]
-    runs = list(itertools.product(list(REAL)[: 1 if smoke else 3], rates, seeds))
+    seeds = range(1 if smoke else 3)
+    runs = [(arm, lr, seed) for arm in REAL for lr in RATES[arm] for seed in seeds][: 1 if smoke else None]
     jobs = [(arms.real_after, *run, smoke) for run in runs] + [(arms.real_before, s, smoke) for s in seeds]
     found, rows = lesson.in_parallel(lesson.call, jobs, "real model"), []
     for (arm, lr, seed), new in zip(runs, found[: len(runs)], strict=True):
@@ -73,7 +72,7 @@ def plot(rows, path):
     if real:
         panel = axes["real"]
         for x, (arm, colour) in enumerate(zip(REAL, (red, purple, green), strict=True)):
-            for lr, shift, fill in zip(RATES, (0.15, -0.15), (colour, "none"), strict=True):
+            for lr, shift, fill in ((1e-4, 0.15, colour), (2e-5, -0.15, "none")):
                 ys = [100 * row["closed"] for row in lesson.select(real, arm=arm, lr=lr) if row["step"]]
                 panel.scatter([x + shift] * len(ys), ys, s=70, c=fill, edgecolors=colour, linewidths=1.5)
         panel.axhline(0, color="0.5", lw=1)
@@ -113,11 +112,11 @@ def tables(rows):
         text, numbers = tokens(ends(rows, "toy", arm)[when][0])
         block += [f"{arm + (', after' if when else ', before'):18} {text}", f"{'    KL':18} {numbers}"]
     real = [["PI", "training", "KL per completion", "share closed", "one completion"]]
-    for arm, lr in ((arm, lr) for arm in REAL for lr in RATES):
+    for arm, lr in [(x, lr) for x in REAL for lr in RATES[x]]:
         if lesson.select(rows, part="real", arm=arm, lr=lr):
             old, new = ends(rows, "real", arm, lr)
             i = min(4, len(json.loads(old[0]["text"])) - 1)
-            if lr == RATES[0]:  # before training, both rates have the same model
+            if lr == RATES[arm][0]:  # before training, both rates have the same model
                 real.append([f"`{arm}`", "none", cell(old, "kl_completion"), "", marked(old[0], i)])
             closed = cell(new, "closed")
             rate = f"lr {lr:.0e}".replace("e-0", "e-")
