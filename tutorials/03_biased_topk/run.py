@@ -80,7 +80,7 @@ def toy_run(arm, loss, k, lr, seed, smoke):
 
 def run_toy(smoke):
     seeds = SEEDS[:1] if smoke else SEEDS
-    for make in () if smoke else (lesson.teacher, lesson.student):  # with --smoke, each run makes its own
+    for make in (lesson.teacher, lesson.student):
         lesson.in_parallel(make, [(s, smoke) for s in seeds], f"toy {make.__name__}s")
     rows = [x for s in seeds for x in one_state(s, 20 if smoke else 3000)]
     jobs = [("self", loss, 4, 1e-3, s, smoke) for loss in TOPK[:2] for s in seeds]

@@ -24,7 +24,7 @@ REAL = {
 RATES = {"answer": (1e-4, 2e-5), "shuffled": (2e-5,), "rule": (1e-4,)}  # learning rates of the real part
 TEMPLATE = {"toy": "{privileged}{prompt}", "real": "{prompt}\n\n{privileged}"}
 CHAIN = {"^": 0.6, "@": 1, "!": 0, "|": 0, "~": 1}  # share of chains in pre-training: bare prompt, each PI
-SMOL, SHORT, HELD_OUT, TEMPERATURE, STEPS = lesson.ROOT / ".cache" / "smollm2", 120, 12, 0.7, 8
+SMOL, SHORT, HELD_OUT, TEMPERATURE = lesson.ROOT / ".cache" / "smollm2", 120, 12, 0.7
 
 
 def example(rng):
@@ -55,7 +55,7 @@ def with_pi(rows, pi):
 
 def add_kl(part, found, rows, pi, student, teacher):
     """Add to each completion of lesson.answered the KL of each token to the teacher that reads the PI."""
-    args = opsd.Args(pi="instruction", pi_template=TEMPLATE[part], dtype="float32")
+    args = opsd.Args(pi="instruction", pi_template=TEMPLATE[part])
     (tokenizer, student), (_, teacher) = lesson.load(student), lesson.load(teacher)
     student.shares_prompts = teacher.shares_prompts = True  # completions of one prompt share its pass
     shown = with_pi(rows, pi)
@@ -119,38 +119,40 @@ def real_rows():
     return rows[:-HELD_OUT], rows[-HELD_OUT:]
 
 
-def real_sizes(smoke):
+def real_settings(smoke):
     """Held-out rows, and the arguments that all runs on SmolLM2 have in common."""
     args = {"student": str(SMOL / "teacher"), "pi": "instruction", "pi_template": TEMPLATE["real"]}
     args |= {"loss": "reverse_kl", "warmup_steps": 2, "eval_every": 0, "temperature": TEMPERATURE}
-    args |= {"steps": STEPS, "batch_size": 4, "samples_per_prompt": 2, "max_new_tokens": 24}
+    args |= {"steps": 8, "batch_size": 4, "samples_per_prompt": 2, "max_new_tokens": 24}
     tiny = {"steps": 1, "batch_size": 1, "samples_per_prompt": 1, "max_new_tokens": 4}
     return real_rows()[1][: 2 if smoke else HELD_OUT], args | (tiny if smoke else {})
 
 
 def real_samples(path, rows, args, seed, n=None):
+    """n completions of each row, by default as many as in training."""
     n = n or args["samples_per_prompt"]
     return lesson.answered(path, rows, (seed, 6), n, args["max_new_tokens"], TEMPERATURE)
 
 
 def real_before(seed, smoke):
     """Columns of the initial model for each arm. with_pi: the accuracy of the teacher, which reads the PI."""
-    (held_out, args), found = real_sizes(smoke), {}
+    (held_out, args), found = real_settings(smoke), {}
     said = real_samples(args["student"], held_out, args, seed)
     for arm, pi in REAL.items():
-        found[arm] = measured("real", args["student"], args["student"], held_out, pi, said)
+        row = measured("real", args["student"], args["student"], held_out, pi, said)
         shown = with_pi(held_out, pi)
         prompts = [opsd.teacher_prompt(None, shown, i, opsd.Args(**args))[0] for i in range(len(shown))]
         asked = [{**row, "prompt": prompt} for row, prompt in zip(shown, prompts, strict=True)]
         answers = real_samples(args["student"], asked, args, seed, 1)
-        found[arm]["with_pi"] = mean(x["right"] for x in answers)
+        found[arm] = {"step": 0, **row, "with_pi": mean(x["right"] for x in answers)}
     return found
 
 
 def real_after(arm, lr, seed, smoke):
     """Columns of SmolLM2 after one run of opsd.py."""
-    held_out, args = real_sizes(smoke)
+    held_out, args = real_settings(smoke)
     args["data"] = lesson.kept_rows(f"pi_real_{arm}", with_pi(real_rows()[0], REAL[arm]))
     with lesson.distilled(opsd, **args, lr=lr, seed=seed) as (_, final):
         said = real_samples(final, held_out, args, seed)
-        return measured("real", final, args["student"], held_out, REAL[arm], said)
+        row = measured("real", final, args["student"], held_out, REAL[arm], said)
+    return {"step": args["steps"], **row}

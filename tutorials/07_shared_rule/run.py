@@ -69,8 +69,7 @@ def real_run(rule, arm, seed, smoke):
 
 def run_toy(smoke):
     jobs = [(seed, smoke) for seed in SEEDS[: 1 if smoke else 3]]
-    if not smoke:  # there toy_run makes them: another pool of processes would take longer
-        lesson.in_parallel(base, jobs, "base models")
+    lesson.in_parallel(base, jobs, "base models")
     jobs = [(arm, *job) for job in jobs for arm in TOY]
     return sum(lesson.in_parallel(toy_run, jobs, "toy"), [])
 
