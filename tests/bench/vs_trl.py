@@ -5,18 +5,20 @@
     python tests/bench/vs_trl.py smollm2 --prompts 8 --samples 1 --new_tokens 64 --steps 5 --no_end
     python tests/bench/vs_trl.py smollm2 --prompts 12 --samples 1 --new_tokens 192 --steps 5  # mixed lengths
     python tests/bench/vs_trl.py smollm2 --prompts 16 --samples 4 --apart --chunk_tokens 128  # 24 GB
+    python tests/bench/vs_trl.py smollm2 --prompts 16 --samples 4 --new_tokens 256 --device cuda
 
-Both run full-vocabulary reverse KL in float32 with AdamW, at temperature 1, without recomputation. All rows
-are scored in one forward pass, or --micro_batch_size rows at a time (in TRL: that many per device, with
-gradient accumulation). Each side is a process of its own, and the two take turns step by step, so that a slow
-minute of the machine affects both. The results are medians after one step of warm-up. Completion lengths
-differ by chance, so compare the seconds per 1,000 completion tokens; with --no_end no completion ends before
-the limit, and both sides do exactly the same work. --loss selects another of our losses; --rival compares
-it with a second one instead of with TRL.
+Both run full-vocabulary reverse KL with AdamW, at temperature 1, without recomputation: on a CPU in float32,
+on a GPU under bfloat16 autocast, where the peak memory is the GPU's. All rows are scored in one forward
+pass, or --micro_batch_size rows at a time (in TRL: that many per device, with gradient accumulation). Each
+side is a process of its own, and the two take turns step by step, so that a slow minute of the machine
+affects both. The results are medians after one step of warm-up. Completion lengths differ by chance, so
+compare the seconds per 1,000 completion tokens; with --no_end no completion ends before the limit, and both
+sides do exactly the same work. --loss selects another of our losses; --rival compares it with a second one
+instead of with TRL.
 
-The floor is a calculated lower bound: the multiply-adds of the forward and backward passes at the best matrix
-rate that this machine reaches now (each prompt is prefilled once, however many samples it has), and for each
-decoding step one pass of all weights through memory.
+On a CPU, the floor is a calculated lower bound: the multiply-adds of the forward and backward passes at the
+best matrix rate that this machine reaches now (each prompt is prefilled once, however many samples it has),
+and for each decoding step one pass of all weights through memory.
 """
 
 import argparse
@@ -42,8 +44,14 @@ def wait():
     return time.perf_counter()
 
 
-def report(**row):
+def report(begin, **row):
+    import torch
+
     row["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    row = {"seconds": time.perf_counter() - begin, **row}
     print("ROW " + json.dumps(row), flush=True)
 
 
@@ -57,10 +65,9 @@ def ours(args):
         return batch_of(*a)
 
     def told(history, row, *a):
-        seconds = time.perf_counter() - begin[0]
         parts = {name: row[name] for name in ("sample_s", "teacher_s", "student_s")}
         counts = {"tokens": row["tokens"], "prompt_tokens": prompt_tokens[0]}
-        report(seconds=seconds, **counts, loss=row["loss"], **parts)
+        report(begin[0], **counts, loss=row["loss"], **parts)
         record(history, row, *a)
 
     def counted(model, prompts, n, stop_ids, *a):
@@ -79,6 +86,7 @@ def ours(args):
             "max_prompt_tokens": 128,
             "steps": 10**5,
         }
+        options["device"] = args.device
         opd.train(opd.Args(**paths, **options, **limits, loss=args.loss, lr=1e-5, warmup_steps=0))
 
 
@@ -100,7 +108,7 @@ def trl(args):
             begin[0] = wait()
 
         def on_step_end(self, *a, **k):
-            report(seconds=time.perf_counter() - begin[0], **seen)
+            report(begin[0], **seen)
 
     class Trainer(DistillationTrainer):
         def _generate_and_score_completions(self, inputs):
@@ -114,7 +122,8 @@ def trl(args):
             output_dir=out, beta=1.0, temperature=1.0, max_completion_length=args.new_tokens,
             per_device_train_batch_size=args.micro_batch_size,
             gradient_accumulation_steps=args.prompts * args.samples // args.micro_batch_size,
-            use_cpu=True, bf16=False, gradient_checkpointing=False, learning_rate=1e-5, max_steps=10**5,
+            use_cpu=args.device == "cpu", bf16=args.device == "cuda", gradient_checkpointing=False,
+            learning_rate=1e-5, max_steps=10**5,
             lr_scheduler_type="constant", warmup_steps=0,
             weight_decay=0.0, adam_beta2=0.98, max_grad_norm=1.0, shuffle_dataset=False, save_strategy="no",
             report_to=[], logging_strategy="no", top_p=1.0, top_k=0, disable_tqdm=True,
@@ -204,6 +213,7 @@ def main():
     )
     parser.add_argument("--apart", action="store_true", help="run one after the other, not interleaved")
     parser.add_argument("--alone", action="store_true", help="run opd.py only")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--side", help="for child processes: which side to run")
     args = parser.parse_args()
     batch = args.prompts * args.samples
@@ -244,14 +254,16 @@ def main():
         peak = rows[name][-1]["peak_gb"]  # peak of the process so far
         per_token = statistics.median(1000 * r["seconds"] / r["tokens"] for r in rows[name])
         rest = [
-            f"{mid[k]:.1f}" if k in mid else "" for k in ("seconds", "sample_s", "teacher_s", "student_s")
+            f"{mid[k]:.3g}" if k in mid else "" for k in ("seconds", "sample_s", "teacher_s", "student_s")
         ]
-        print(f"| {name} | {per_token:.1f} | {mid['tokens']:.0f} | {' | '.join(rest)} | {peak:.1f} |")
+        print(f"| {name} | {per_token:.3g} | {mid['tokens']:.0f} | {' | '.join(rest)} | {peak:.1f} |")
     if not args.alone:
         cost = {name: [r["seconds"] / r["tokens"] for r in rows[name]] for name in names}
         pairs = sorted(a / b for a, b in zip(cost["ours"], cost[args.rival], strict=True))
         ratio = statistics.median(cost["ours"]) / statistics.median(cost[args.rival])
         print(f"ratio: {ratio:.2f} of these medians; step by step {pairs[0]:.2f} to {pairs[-1]:.2f}")
+    if args.device == "cuda":
+        return
     tokens = statistics.median(r["tokens"] for r in rows["ours"])
     low = floor(args, tokens, statistics.median(r["prompt_tokens"] for r in rows["ours"]))
     names = ("sample_s", "teacher_s", "student_s")
