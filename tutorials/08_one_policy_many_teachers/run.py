@@ -48,7 +48,7 @@ def one_run(task, arm, m, lr, seed, smoke):
 def run_toy(smoke):
     seeds = range(1 if smoke else 3)
     lesson.in_parallel(base, [(seed, smoke) for seed in seeds], "bases")
-    jobs = [("reverse", m, LRS[0]) for m in MS] + [("reverse", m, LRS[1]) for m in (2, 10)]
+    jobs = [("reverse", m, LRS[0]) for m in MS] + [("reverse", 2, LRS[1])]
     jobs += [("forward", m, LRS[0]) for m in (2, 4)]
     jobs += [(arm, 4, LRS[0]) for arm in ("before", "off_policy", "shown", "hashed")]
     jobs = [(toy_task, *job, seed, smoke) for job in jobs for seed in seeds]
