@@ -1,6 +1,7 @@
 """What README's GPU commands cost on this GPU: time and peak memory of each part of a step, at full size.
 
     python tests/bench/gpu.py               # minutes, 60 GB of GPU memory; one rank's share of each command
+    python tests/bench/gpu.py --cudnn       # with cuDNN's attention, which opd.py turns off
     python tests/bench/gpu.py --rehearse    # the script itself, with tiny models on any device
 
 The models have the shapes of Qwen3 and random weights, since neither time nor memory depends on their values.
@@ -67,6 +68,7 @@ def measure(name, options):
             for flag, size in (("student", student_name), ("teacher", teacher_name))
         }
         args, device = opd.set_up(opd.Args(**path, **flags, **more, out=f"{folder}/out"))
+        torch.backends.cuda.enable_cudnn_sdp(options.cudnn)
         student, teacher, _, _ = opd.load_pair(path["student"], path["teacher"], args, device)
     cuda, new, width = device.type == "cuda", args.max_new_tokens, args.max_prompt_tokens
     peak = lambda: torch.cuda.max_memory_allocated() / 1e9 if cuda else float("nan")  # noqa: E731
@@ -109,6 +111,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--decode_steps", type=positive, default=64, help="tokens timed at each end")
+    parser.add_argument("--cudnn", action="store_true", help="leave cuDNN's attention on")
     parser.add_argument("--rehearse", action="store_true", help="tiny models, on whatever device there is")
     options = parser.parse_args()
     if not options.rehearse and not torch.cuda.is_available():
