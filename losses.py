@@ -15,7 +15,8 @@ little repetition is the price). Divide by temperatures, mask and average outsid
 teacher log-probabilities normalised over the WHOLE vocabulary: `topk_support` makes them.
 
 Each docstring says:
-    first line      the equation; BIASED, and why, where following the gradient leads away from p = q
+    first line      the equation; BIASED, and why, where the expected gradient is not that of the
+                    divergence that the loss is named after or taken for
     value:          what the number estimates
     grad:           what the expected gradient is; often not the gradient of what the value estimates! Always
                     at a fixed prefix: only reverse_kl_advantage(gamma=1) counts what it does to later ones
@@ -49,9 +50,9 @@ def reverse_kl(student_logits, teacher_logits):
     """KL(p || q) = sum_v p (log p - log q)
 
     value: reverse KL, exact. Mode-seeking: large where the student puts mass that the teacher does not.
-    grad: exact: sum_v p grad(log p) (log p - log q); the derivative of the inner log p sums to zero over
-          the whole vocabulary. It is left out, so that rounding cannot turn student = teacher, where it
-          is all there is, into a direction that AdamW would scale up: there the gradient is exactly zero.
+    grad: exact: sum_v p grad(log p) (log p - log q). The derivative of the inner log p sums to zero over
+          the vocabulary and is left out: where student = teacher its rounding would be the whole gradient,
+          which AdamW would scale up. So the gradient is exactly zero there.
     teacher sends: logits [...,V]
     ref: arXiv 2306.08543
     """
@@ -190,7 +191,8 @@ def entropy_aware_kl(student_logits, teacher_logits, *, tau=1.0, eta=1.0):
     log_q = torch.log_softmax(teacher_logits.float(), dim=-1).clamp(min=-1e9)
     p, q = log_p.exp(), log_q.exp()
     uncertain = -(q * log_q).sum(dim=-1) > tau
-    return (p * (log_p - log_q)).sum(dim=-1) + eta * uncertain * (q * (log_q - log_p)).sum(dim=-1)
+    reverse = (p * (log_p.detach() - log_q)).sum(dim=-1)  # detached as in reverse_kl
+    return reverse + eta * uncertain * (q * (log_q - log_p)).sum(dim=-1)
 
 
 def tvd(student_logits, teacher_logits):
@@ -213,12 +215,13 @@ def tvd(student_logits, teacher_logits):
 def topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
     """sum_S p (log p - log q), BIASED: grad(sum_S p) pushes mass out of S, even where student = teacher
 
+    student_logits [...,V], teacher_topk_logp and topk_ids [...,K], valid [...,K] bool or None -> nats [...]
     value: reverse KL truncated to S. Not a divergence: it falls below zero when mass leaves S, so a falling
           loss proves nothing.
     grad: sum_S p grad(log p) (log p - log q + 1): the truncated true gradient plus grad(sum_S p), which is
           not zero. With S held fixed its minimum is p = q / e on S. Use sg_topk_reverse_kl or
           tail_topk_reverse_kl instead.
-    teacher sends: K log-probabilities at the ids it is asked for (S is usually the student's top-k)
+    teacher sends: K log-probabilities at the ids it is asked for, normalised over the whole vocabulary
     ref: arXiv 2605.11182
     """
     valid = torch.ones_like(topk_ids, dtype=torch.bool) if valid is None else valid
@@ -231,11 +234,12 @@ def topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
 def sg_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
     """sum_S p (sg[log p] - log q)
 
-    value: reverse KL truncated to S, the same number as topk_reverse_kl.
+    student_logits [...,V], teacher_topk_logp and topk_ids [...,K], valid [...,K] bool or None -> nats [...]
+    value: reverse KL truncated to S (usually the student's top k), the same number as topk_reverse_kl.
     grad: sum_S p grad(log p) (log p - log q), the true reverse-KL gradient without the terms outside S;
           exactly zero where student = teacher. Tokens outside S cost nothing, so mass still leaks out of S
           while the value is positive: with small K and large steps it can collapse. Watch student_mass.
-    teacher sends: K log-probabilities at the ids it is asked for (S is usually the student's top-k)
+    teacher sends: K log-probabilities at the ids it is asked for, normalised over the whole vocabulary
     ref: arXiv 2605.11182
     """
     valid = torch.ones_like(topk_ids, dtype=torch.bool) if valid is None else valid
@@ -248,6 +252,7 @@ def sg_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
 def norm_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
     """sum_S p' (log p' - log q'), p' = p / sum_S p, q' = q / sum_S q
 
+    student_logits [...,V], teacher_topk_logp and topk_ids [...,K], valid [...,K] bool or None -> nats [...]
     value: reverse KL between student and teacher, both renormalised on S; >= 0. Blind to how much mass lies
           outside S.
     grad: exact for that renormalised KL, not for the full one; no signal at all at K = 1.
@@ -265,6 +270,7 @@ def norm_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None
 def tail_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
     """sum_S p (log p - log q) + p_tail (log p_tail - log q_tail), p_tail = 1 - sum_S p, q_tail = 1 - sum_S q
 
+    student_logits [...,V], teacher_topk_logp and topk_ids [...,K], valid [...,K] bool or None -> nats [...]
     value: reverse KL after merging all tokens outside S into one bucket; 0 <= value <= full reverse KL, as
           long as the teacher's tail is well above 1.2e-7, the resolution of 1 - sum, where it is floored.
     grad: exact for the merged KL, hence zero where student = teacher. It does see mass leave S, not where
@@ -288,11 +294,12 @@ def tail_topk_reverse_kl(student_logits, teacher_topk_logp, topk_ids, valid=None
 def topk_forward_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
     """sum_S q (log q - log p), BIASED: its minimum is not p = q but p = q / sum_S q, everything else emptied
 
+    student_logits [...,V], teacher_topk_logp and topk_ids [...,K], valid [...,K] bool or None -> nats [...]
     value: forward KL truncated to S. Not a divergence: its minimum is m log m < 0, m = sum_S q, reached
           when the student has moved all its mass into S.
     grad: -sum_S q grad(log p): the true forward-KL gradient without the terms outside S; not zero where
           student = teacher.
-    teacher sends: its top K log-probabilities and ids
+    teacher sends: its top K log-probabilities and ids, normalised over the whole vocabulary
     ref: arXiv 2605.11182
     """
     valid = torch.ones_like(topk_ids, dtype=torch.bool) if valid is None else valid
@@ -305,6 +312,7 @@ def topk_forward_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
 def norm_topk_forward_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
     """sum_S q' (log q' - log p'), p' = p / sum_S p, q' = q / sum_S q
 
+    student_logits [...,V], teacher_topk_logp and topk_ids [...,K], valid [...,K] bool or None -> nats [...]
     value: forward KL between teacher and student, both renormalised on S; >= 0. Blind to how much mass lies
           outside S.
     grad: exact for that renormalised KL, not for the full one; no signal at all at K = 1.
@@ -322,6 +330,7 @@ def norm_topk_forward_kl(student_logits, teacher_topk_logp, topk_ids, valid=None
 def tail_topk_forward_kl(student_logits, teacher_topk_logp, topk_ids, valid=None):
     """sum_S q (log q - log p) + q_tail (log q_tail - log p_tail), p_tail = 1 - sum_S p, q_tail = 1 - sum_S q
 
+    student_logits [...,V], teacher_topk_logp and topk_ids [...,K], valid [...,K] bool or None -> nats [...]
     value: forward KL after merging all tokens outside S into one bucket; 0 <= value <= full forward KL. A
           teacher tail below 1.2e-7, the resolution of 1 - sum in float32, counts as none.
     grad: exact for the merged KL, hence zero where student = teacher.

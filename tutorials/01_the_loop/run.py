@@ -29,7 +29,7 @@ ARMS = {
 # in SFT), and to train on it (a backward pass counts as two).
 COST = {arm: 1 + (arm != "SFT") + 3 for arm in ARMS}
 COLOUR = {arm: lesson.COLOURS[6 if arm in ("OPD", "off-policy") else 4] for arm in ARMS}  # SFT: forward KL
-TITLE = "Here the reverse KL puts OPD ahead of SFT, not the student's own prefixes"
+TITLE = "OPD is ahead of SFT here through the reverse KL, not through own prefixes"
 CHANGES = {  # one at a time: label, from this arm (at equal steps, or at equal compute), to that arm
     "distribution": ("all tokens for\nsampled tokens", "SFT", "steps", "off-policy-forward"),
     "direction": ("reverse for forward KL,\nteacher's prefixes", "off-policy-forward", "steps", "off-policy"),

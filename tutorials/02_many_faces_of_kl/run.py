@@ -89,7 +89,7 @@ def spread(rows, column, digits=2):
 
 
 def plot(rows, path):
-    title = "The cosine of the first gradient does not show where training ends"
+    title = "The cosine of the first gradient does not predict the KL after 200 steps"
     figure, panels = lesson.panels(title, [["left", "right"]], (10, 4.2))
     left, right = panels["left"], panels["right"]
     for y, loss in enumerate(reversed(SHOWN)):

@@ -92,7 +92,7 @@ def run_toy(smoke):
 
 
 def plot(rows, path):
-    title = "Naive top-k: the loss falls while the true reverse KL rises"
+    title = "With naive top-k, a falling loss does not mean a falling reverse KL"
     figure, axes = lesson.panels(title, [["real", "damaged"]], (10, 4.2))
     lines = [("topk", "reverse_kl", "topk: true KL", "-"), ("topk", "value", "topk: loss", "--")]
     for loss, column, label, style in [*lines, ("sg_topk", "reverse_kl", "sg_topk: both", "-")]:

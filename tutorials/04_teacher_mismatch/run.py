@@ -22,8 +22,8 @@ import opd  # noqa: E402
 
 SEEDS, STEPS, PROBLEMS = (0, 1, 2), 150, 256
 RUN = {"loss": "reverse_kl", "lr": 3e-4, "batch_size": 32, "max_new_tokens": 32, "save_every": 50, "keep": 3}
-TEACHERS = {"A": "the student's style", "RL": "the student after GRPO", "M": "one other digit per column"}
-TEACHERS |= {"B": "another style"}
+TEACHERS = {"A": "the student's style", "RL": "the student after GRPO"}
+TEACHERS |= {"M": "one digit per column has another meaning", "B": "another style"}
 REAL_TEACHERS = {"capitals": "fine-tuned to capital letters", "intact": "the intact model"}
 COLOURS = dict(zip(TEACHERS, (lesson.COLOURS[i] for i in (2, 0, 4, 1)), strict=True))
 
@@ -72,7 +72,7 @@ def run_real(smoke):
 
 
 def plot(rows, path):
-    title = "Two teachers solve 99 % of the problems: one lifts its student to 96 %, the other ruins it"
+    title = "Three teachers solve 99 % of the problems: one lifts its student to 96 %, two ruin theirs"
     figure, panels = lesson.panels(title, [["curve", "one_token"]], (10, 4.4))
     start = statistics.fmean(measured(rows, "accuracy", "B", "student"))
     panels["one_token"].axhline(start, color="0.4", lw=1, ls="--")

@@ -83,7 +83,7 @@ def run_real(smoke):
 
 
 def plot(rows, path):
-    title = "OPD after SFT pays when the teacher's completions are few; with 1,000, SFT only is as good"
+    title = "OPD after SFT pays only where the teacher's completions are few"
     figure, panels = lesson.panels(title, [["curves", "counts"]], (10, 4.4))
     rows = [{**row, "x": (row["cost"] or 0) / sft.OPD_COST} for row in lesson.select(rows, part="toy")]
     panels["counts"].set_xscale("log")

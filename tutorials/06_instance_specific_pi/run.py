@@ -48,9 +48,7 @@ def ends(rows, part, arm, lr=""):
 
 
 def plot(rows, path):
-    title = (
-        "On the toy this training raises the KL that it minimises; on SmolLM2 that depends on the step size"
-    )
+    title = "On the toy, fitting a teacher that copies the answer raises the KL of whole completions"
     real = lesson.select(rows, part="real")
     figure, axes = lesson.panels(title, [["toy", "real"]] if real else [["toy"]], (10, 4.2))
     _, red, green, purple, _, sky, black = lesson.COLOURS

@@ -29,7 +29,7 @@ def plot(rows, path):
     left.text(125, 1.02, "EMA", color=lesson.COLOURS[2])
     left.set(xlabel="step", ylabel="accuracy without the rule", xlim=(0, 400), ylim=(-0.03, 1.07))
     left.set_xticks(range(0, 301, 100))
-    left.set_title("Toy, four teachers (lr 3e-4 unless given)", loc="left", fontsize=11)
+    left.set_title("Toy: frozen, EMA and live teacher (lr 3e-4 unless given)", loc="left", fontsize=11)
     found = names(rows, "rule", part="real")
     for i, rule in enumerate(found):
         for k, (arm, who) in enumerate(MODELS):

@@ -72,7 +72,7 @@ def of(rows, part, arm, at="all", **where):
 
 
 def plot(rows, path):
-    title = "The reverse KL stops at the floor set by the disagreement of the teachers"
+    title = "On the toy, the reverse KL stops at the floor set by the teachers' disagreement"
     figure, panels = lesson.panels(title, [["curves", "floors"]], (10, 4.2))
     left, right, (black, orange, floors) = (
         panels["curves"],
