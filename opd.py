@@ -69,7 +69,7 @@ class Args:
     teacher_template: str = arg(
         "student", "whose chat template the teacher reads; own: it was tuned on another format", "student|own"
     )
-    max_prompt_tokens: int = arg(256, "a longer prompt is an error; prompts are never truncated", "[1,inf)")
+    max_prompt_tokens: int = arg(256, "a longer prompt ends the run: none is ever truncated", "[1,inf)")
     max_new_tokens: int = arg(256, "a completion is truncated at this length", "[1,inf)")
     loss: str = arg("sg_topk", "one of the losses listed at the end", group="loss")
     topk: int = arg(20, "k of the top-k losses and of student_mass, teacher_mass, overlap", "[1,inf)")
@@ -98,7 +98,7 @@ class Args:
     weight_decay: float = arg(0.0, "AdamW's, on all weights", "[0,inf)")
     max_grad_norm: float = arg(1.0, "gradients are clipped to this global norm; inf = never", "(0,inf]")
     updates_per_rollout: int = arg(1, "optimizer steps on each batch; pg clips its ratios", "[1,inf)")
-    ratio_clip: float = arg(0.2, "pg with several updates: the ratio is clipped to 1 -+ this", "(0,inf)")
+    ratio_clip: float = arg(0.2, "pg: the ratio p / p when sampled is clipped to 1 -+ this", "(0,inf)")
     micro_batch_size: int = arg(16, "rollouts scored at once; no effect on the result", "[1,inf)", "memory")
     chunk_tokens: int = arg(512, "tokens whose logits exist at one time; no effect on the result", "[1,inf)")
     gradient_checkpointing: bool = arg(False, "recompute activations in backward: less memory, more time")
@@ -118,7 +118,7 @@ class Teacher:
     """The teacher as train sees it; the functions that compute get its model. This one is frozen and reads
     the student's prompt; opsd.py's reads privileged information, and its weights may follow the student's."""
 
-    task, columns = "opd", []  # the toy that --student toy means; data columns to require beside the prompt
+    task, columns = "opd", []  # which toy --student toy builds; columns that the data must have beside prompt
     moves = False  # whether the weights change, and so belong in a checkpoint
 
     def __init__(self, args):
@@ -144,7 +144,7 @@ class Teacher:
 
 def train(args, make_teacher=Teacher):
     """Distil as the arguments say; returns the rows of metrics.jsonl."""
-    # Whatever can be wrong is found before the first byte is written.
+    # What the flags, the models and the first 1,000 rows can show is found before a byte is written.
     args, device = set_up(args)
     started, out, teacher = clock(device), Path(args.out), make_teacher(args)
     path = resolve_paths(args, teacher.task, device)
@@ -153,7 +153,7 @@ def train(args, make_teacher=Teacher):
     held_out = list(Examples(path, "eval_data", tokenizer, teacher, args)) if args.eval_data else []
     data = Examples(path, "data", tokenizer, teacher, args)
     if args.dry_run:
-        return describe(student, teacher.model, held_out or data, tokenizer, stop_ids, args)
+        return describe(student, teacher.model, data, tokenizer, stop_ids, args)
     watched = held_out
     if args.eval_every and not held_out:  # the first training prompts, for samples.jsonl only
         watched = [data[i] for i in range(min(8, len(data)))]
@@ -189,7 +189,8 @@ def train(args, make_teacher=Teacher):
                 group["lr"] = lr_at(step, args)
 
             # 1. Sample from the student; in SFT steps and a share 1 - lmbda of the others, from the teacher.
-            slots, batch = batch_of(step, data, args)
+            with saving_first(step - 1, out, student, teacher, tokenizer, optimizer, args):
+                slots, batch = batch_of(step, data, args)
             on_policy = step > args.sft_steps and uniforms(args.seed, step).item() < args.lmbda
             writer = student if on_policy else teacher.model
             prompts = [x.prompt if on_policy else x.teacher_prompt for x in batch]
@@ -198,10 +199,10 @@ def train(args, make_teacher=Teacher):
                 rollouts = sample(writer, prompts, n, stop_ids, (args.seed, step), slots, *limits)
 
             # 2. Score and update: both models score the same completion tokens, each after its own prompt.
-            batch = [x for x in batch for _ in range(n)]
+            examples = [x for x in batch for _ in range(n)]  # one for each rollout
             # Whoever sampled a rollout, the student reads it after its own prompt.
-            rollouts = [replace(r, prompt=x.prompt) for r, x in zip(rollouts, batch, strict=True)]
-            teacher_prompts = [x.teacher_prompt for x in batch]
+            rollouts = [replace(r, prompt=x.prompt) for r, x in zip(rollouts, examples, strict=True)]
+            teacher_prompts = [x.teacher_prompt for x in examples]
             loss = LOSSES[args.loss] if step > args.sft_steps else SFT
             updates = []
             for _ in range(args.updates_per_rollout):
@@ -326,7 +327,7 @@ def completion_hidden(model, prompts, completions):
     return hidden[torch.tensor(states, device=model.device).unbind(-1)]  # [N,D]
 
 
-# name -> (family, call). What a call is given, all of it at the loss temperature:
+# name -> (family, call). What a call is given, all at the loss temperature (sampled: the sampler's as well):
 #   full     args, student_logits [n,V], teacher_logits [n,V]
 #   top-k    args, student_logits [n,V], teacher_topk_logp [n,K], topk_ids [n,K], valid [n,K]
 #   sampled  args, student_logp [n], teacher_logp [n], advantage [n], behaviour_logp [n]
@@ -351,7 +352,7 @@ LOSSES = {
     "k1": ("sampled", lambda args, p, q, *_: losses.k1(p, q)),
     "k2": ("sampled", lambda args, p, q, *_: losses.k2(p, q)),
     "k3": ("sampled", lambda args, p, q, *_: losses.k3(p, q)),
-    "pg": ("sampled", lambda args, p, q, *a: losses.policy_gradient(p, *a, args.ratio_clip)),
+    "pg": ("sampled", lambda args, p, q, adv, old: losses.policy_gradient(p, adv, old, args.ratio_clip)),
 }
 SFT = ("sampled", lambda args, p, *_: -p)  # cross-entropy of the sampled tokens, which are the teacher's
 
@@ -688,15 +689,16 @@ def batch_of(step, data, args):
 
 
 def extract_answer(text, otherwise=None):
-    """A text's last \\boxed{...}, else what follows its last ####, else its last number or what is given."""
+    """A text's last \\boxed{...}, else its last line after ####, else its last number or what is given."""
     _, boxed, inside = text.rpartition("\\boxed{")
     depth = 1
     for end, character in enumerate(inside if boxed else ""):
         depth += {"{": 1, "}": -1}.get(character, 0)
         if depth == 0:
             return inside[:end].strip()
-    if "####" in text:
-        return text.rsplit("####", 1)[1].strip()
+    marked = text.rpartition("####")[2].strip() if "####" in text else "\n"
+    if "\n" not in marked:  # else it is a heading, or more text follows: the last number counts
+        return marked
     numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+", text)
     return numbers[-1] if numbers and otherwise is None else otherwise
 
@@ -895,6 +897,18 @@ def save_checkpoint(out, step, student, teacher, tokenizer, optimizer, args):
     all_reduce(torch.zeros(1, device=student.device))  # the other ranks wait here
 
 
+@contextlib.contextmanager
+def saving_first(step, out, *state):
+    """A row that cannot be encoded, after those checked at the start, ends the run but loses no step."""
+    try:
+        yield
+    except UserError as error:
+        if step > 0:
+            save_checkpoint(out, step, *state)
+            raise UserError(f"{error}; step {step} is saved: continue with --resume") from error
+        raise
+
+
 def checkpoints(out):
     """Checkpoint folders, newest first."""
     return sorted(Path(out).glob("step_" + "[0-9]" * 6), reverse=True)
@@ -998,8 +1012,9 @@ def describe(student, teacher, examples, tokenizer, stop_ids, args):
     sizes = [student.num_parameters(), teacher.num_parameters()]
     say(f"parameters: student {sizes[0]:,}, teacher {sizes[1]:,}")
     weights = 0 if teacher is student else sum(p.nbytes for p in teacher.parameters()) / 1e9
-    gb = [16 * sizes[0] / 1e9, weights, 32 * args.chunk_tokens * student.vocab_in_use / 1e9]
-    parts = f"student's weights, gradients and two moments {gb[0]:.2f}, teacher's weights {gb[1]:.2f}"
+    each = 18 if args.dtype == "bfloat16" else 16  # bytes; autocast keeps copies of the weights in an update
+    gb = [each * sizes[0] / 1e9, weights, 32 * args.chunk_tokens * student.vocab_in_use / 1e9]
+    parts = f"student's weights, gradients, moments {gb[0]:.2f}, teacher's weights {gb[1]:.2f}"
     parts += f", logits of a chunk {gb[2]:.2f}; in all {sum(gb):.2f}"  # about 8 float32 tensors
     say(f"GB per rank, besides activations and KV cache: {parts}")
     return []

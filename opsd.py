@@ -9,7 +9,7 @@ learns the distribution that it would have with the PI in its prompt. At test ti
     torchrun opsd.py --student S --data chat.jsonl --pi system --teacher_mode ema        # a real model
 
 The loop is opd.train. New here: what the teacher reads (PI), how its weights follow the student (frozen, ema,
-live), and what is measured about it: the four methods of SelfTeacher.
+live), and what is measured about it: the methods of SelfTeacher.
 """
 
 import re

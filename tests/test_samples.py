@@ -165,7 +165,15 @@ def test_a_dry_run_counts_the_bytes_of_each_of_the_teachers_weights(capsys):
     teacher = SimpleNamespace(num_parameters=lambda: 2 * 10**9, parameters=lambda: sizes, tokenizer=reader)
     student = SimpleNamespace(num_parameters=lambda: 10**9, vocab_in_use=0)
     opd.describe(student, teacher, [], reader, [0], opd.Args())
-    assert "two moments 16.00, teacher's weights 6.00" in capsys.readouterr().out
+    assert "gradients, moments 16.00, teacher's weights 6.00" in capsys.readouterr().out
+    opd.describe(student, teacher, [], reader, [0], opd.Args(dtype="bfloat16"))
+    assert "gradients, moments 18.00" in capsys.readouterr().out  # autocast's copies: 2 bytes
+
+
+def test_a_dry_run_shows_training_prompts(tiny, tmp_path, capsys):
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "^7+7="}] * 4)
+    train(tmp_path / "out", {**tiny, "data": data}, dry_run=True)
+    assert "row 0, the student reads 5 tokens:\n^7+7=\n" in capsys.readouterr().out
 
 
 def test_a_dry_run_of_opsd_shows_the_pi(tiny, tmp_path, capsys):

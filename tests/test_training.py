@@ -325,6 +325,8 @@ def test_an_answer_may_be_the_number_zero(tiny, tmp_path):
         ("1,024.5 in all", "1,024.5"),
         ("#### 12", "12"),
         ("7 #### 12 #### 13 apples", "13 apples"),
+        ("#### Step 3: add\n17 + 25 = **42**", "42"),  # a heading in Markdown
+        ("#### 12\n\nHope this helps!", "12"),
         (r"\boxed{42}", "42"),
         (r"\boxed{1} or rather \boxed{ 2 }, 3", "2"),
         (r"\boxed{\frac{1}{\sqrt{2}}} #### 5", r"\frac{1}{\sqrt{2}}"),
@@ -799,3 +801,22 @@ print(faults() - before, all(torch.empty(2**20 + n).data_ptr() % 4096 == 0 for n
     (few, aligned), (many, not_aligned) = measure("set_up", "nowhere"), measure("plain")
     assert few < 1000 < 10_000 < many
     assert (aligned, not_aligned) == ("True", "False")
+
+
+def test_a_bad_row_that_is_found_in_mid_run_loses_no_step(tiny, tmp_path):
+    """The first 1,000 rows are checked at the start, later ones when they are read."""
+    prompts = [f"^{i % 9}+1=" for i in range(1010)]
+    prompts[1005] = "^" + "1+" * 8 + "1="  # 19 tokens; --max_prompt_tokens is 16
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": prompt} for prompt in prompts])
+    order = [opd.row_at(i, 1010, 0) for i in range(1010)]
+    size = 1 + order.index(1005) // 3  # it is read in step 3
+    flags = {**SMALL, **tiny, "data": data, "batch_size": size, "micro_batch_size": 400, "max_new_tokens": 2}
+    del flags["eval_data"]
+    with pytest.raises(opd.UserError, match="row 1005: .* 19 tokens.*; step 2 is saved: .* --resume"):
+        opd.train(opd.Args(**flags, out=str(tmp_path / "out")))
+    assert [x.name for x in opd.checkpoints(tmp_path / "out")] == ["step_000002"]
+    flags["max_prompt_tokens"] = 24
+    opd.train(opd.Args(**flags, out=str(tmp_path / "out"), resume=True))
+    opd.train(opd.Args(**flags, out=str(tmp_path / "whole")))
+    one, other = (load_file(tmp_path / x / "final" / "model.safetensors") for x in ("out", "whole"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
