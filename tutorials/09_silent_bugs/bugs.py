@@ -115,7 +115,7 @@ ARMS = {  # name: (correct code to compare with, metric that may show it, patch,
     "log_of_clamped": ("reverse_kl", "loss", log_of_clamped, {}),
     "bfloat16_logits": ("reverse_kl", "loss", bfloat16, {}),
     "other_direction": ("reverse_kl", "loss", NOTHING, {"loss": "forward_kl"}),
-    "tiny_beta": ("reverse_kl", "grad_norm", NOTHING, {"loss": "jsd", "beta": 0.001}),
+    "tiny_beta": ("other_direction", "grad_norm", NOTHING, {"loss": "jsd", "beta": 0.001}),
     "end_masked": ("reverse_kl", "loss", end_masked, {}),
     "prompt_in_loss": ("reverse_kl", "student_logp", prompt_in_loss, {}),
     "micro_batch_mean": ("reverse_kl", "loss", own_mean, {}),
@@ -129,12 +129,12 @@ pointwise_clip | `(p * (log_p - log_q)).clamp(max=c).sum(-1)` | sum, do not clip
 missing_as_0 | `log_q = 0` where missing | request the student's ids | rllm, `distill/alignment.py`
 forgotten_end | the stop ids of one model | the stop ids of both | modelscope/ms-swift/issues/9526
 k1_as_loss | `log_p_y - log_q_y` | `(log_p_y - log_q_y).detach() * log_p_y` | allenai/open-instruct/issues/534
-kl_as_advantage | `advantage = -kl_over_top_k` | `advantage = log_q_y - log_p_y` | radixark/miles/issues/2362
+kl_as_advantage | `advantage = -kl` | `advantage = log_q_y - log_p_y` | radixark/miles/issues/2362
 shifted_pg | logits at position i score token i | they score token i + 1 | modelscope/ms-swift/pull/8436
 value_clamp | `kl.clamp(max=0.5)` | clip the gradient norm | verl, option `loss_max_clamp`
 missing_as_own | `log_q = log_p` where missing | as `missing_as_0` | rllm, with a warning
 prompt_in_loss | prompt tokens in the loss | completion tokens only | MakazhanAlpamys/Soup/issues/682
-tiny_beta | JSD with beta at an end of (0, 1) | the KL itself | verl-project/verl-recipe/issues/151
+tiny_beta | JSD with beta near an end of (0, 1) | the KL itself | verl-project/verl-recipe/issues/151
 other_direction | KL(q ‖ p) named KL(p ‖ q) | check the gradient | idanshen/Self-Distillation/issues/5
 one_temperature | only one model's logits divided by T | both or neither | radixark/miles/pull/1345
 top_p_scored_whole | top-p or top-k samples, full softmax | top-p 1 | nanochat, `chat_rl.py` (top-k)

@@ -41,7 +41,7 @@ SETTINGS = {  # where bugs that are harmless in training hurt: (description and 
         ("shifted_full_kl",),
     ),
     "ends": (
-        "as the first, and half of the end tokens differ: this error is masked",
+        "as the first, on completions of the teacher; the end token is halved, and masked: no error is left",
         ("end_masked",),
     ),
 }

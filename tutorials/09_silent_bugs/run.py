@@ -8,7 +8,7 @@ Parts of metrics.csv:
 
 import sys
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, geometric_mean
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tutorials")]
@@ -89,7 +89,7 @@ def turned(rows):
 
 def plot(rows, path):
     verdicts, (harmless, turn) = ranked(rows), turned(rows)
-    title = f"{len(turn)} of the {len(harmless)} bugs harmless on the toy turn the gradient of SmolLM2"
+    title = f"{len(turn)} of {len(harmless)} bugs that are harmless on the toy turn SmolLM2's gradient"
     figure, axes = lesson.panels(title, [["toy", "real"]], (10, 5.4))
     beside = axes["real"].get_yaxis_transform()  # x as a fraction of the panel's width
     for y, (arm, verdict) in enumerate(reversed(verdicts.items())):
@@ -97,7 +97,7 @@ def plot(rows, path):
             points, style = values(rows, arm, *where), {"color": COLOUR[verdict]}
             axes[panel].plot([zero, fmean(points)], [y, y], lw=2, **style)
             axes[panel].plot(points, [y] * len(points), "o", ms=4, **style)
-        size = fmean(values(rows, arm, "ratio", "SmolLM2"))
+        size = geometric_mean(values(rows, arm, "ratio", "SmolLM2"))
         axes["real"].text(1.03, y, f"{size:.2g}", fontsize=10, va="center", transform=beside)
     for y, (verdict, colour) in enumerate(reversed(COLOUR.items())):
         at = {"transform": axes["toy"].get_yaxis_transform(), "fontsize": 12, "weight": "bold"}
@@ -140,7 +140,9 @@ def tables(rows):
     for place, (what, arms) in SETTINGS.items():
         for arm in arms:
             cells = what if arm == arms[0] else "the same", lesson.spread(values(rows, arm, "cosine", place))
-            hurt.append([f"`{arm}`", *cells, f"{mean(arm, 'ratio', place):.2g}"])
+            ratios = values(rows, arm, "ratio", place)
+            spread = f"{geometric_mean(ratios):.2g} ({min(ratios):.2g} to {max(ratios):.2g})"
+            hurt.append([f"`{arm}`", *cells, spread])
     shown = ["start", "reverse_kl", *(arm for arm in verdicts if verdicts[arm] == "fatal")][:5]
     text = ["```"]
     for row in (lesson.select(rows, part="toy", arm=arm, seed=0)[0] for arm in shown):
