@@ -69,6 +69,12 @@ def values(rows, arm, column, setting=""):
     return found or [float("nan")]  # --smoke leaves some out
 
 
+def sizes(rows, arm, setting):
+    """Geometric mean, least and largest ratio of the norms of two gradients over the seeds."""
+    ratios = values(rows, arm, "ratio", setting)
+    return geometric_mean(ratios) if min(ratios) > 0 else float("nan"), min(ratios), max(ratios)
+
+
 def ranked(rows):
     """{arm: verdict on the toy}, by verdict and, within it, by the loss of accuracy."""
     start, found = fmean(values(rows, "start", "accuracy")), {}
@@ -97,8 +103,8 @@ def plot(rows, path):
             points, style = values(rows, arm, *where), {"color": COLOUR[verdict]}
             axes[panel].plot([zero, fmean(points)], [y, y], lw=2, **style)
             axes[panel].plot(points, [y] * len(points), "o", ms=4, **style)
-        size = geometric_mean(values(rows, arm, "ratio", "SmolLM2"))
-        axes["real"].text(1.03, y, f"{size:.2g}", fontsize=10, va="center", transform=beside)
+        size = f"{sizes(rows, arm, 'SmolLM2')[0]:.2g}"
+        axes["real"].text(1.03, y, size, fontsize=10, va="center", transform=beside)
     for y, (verdict, colour) in enumerate(reversed(COLOUR.items())):
         at = {"transform": axes["toy"].get_yaxis_transform(), "fontsize": 12, "weight": "bold"}
         axes["toy"].text(0.02, 2 + 1.2 * y, verdict, color=colour, **at)
@@ -140,8 +146,7 @@ def tables(rows):
     for place, (what, arms) in SETTINGS.items():
         for arm in arms:
             cells = what if arm == arms[0] else "the same", lesson.spread(values(rows, arm, "cosine", place))
-            ratios = values(rows, arm, "ratio", place)
-            spread = f"{geometric_mean(ratios):.2g} ({min(ratios):.2g} to {max(ratios):.2g})"
+            spread = "{:.2g} ({:.2g} to {:.2g})".format(*sizes(rows, arm, place))
             hurt.append([f"`{arm}`", *cells, spread])
     shown = ["start", "reverse_kl", *(arm for arm in verdicts if verdicts[arm] == "fatal")][:5]
     text = ["```"]
