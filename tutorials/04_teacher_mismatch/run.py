@@ -122,11 +122,12 @@ def tables(rows):
     head += ["before training", *(f"after {x['teacher']}" for x in after)]
     said = [lesson.quoted(str(x["text"])) for x in texts[:1]]
     said += [f"{lesson.quoted(str(x['text']))} ({x['kl']:.2f})" for x in after]
-    # One column for each token of a wrong completion; "top" begins with the teacher's most likely token.
+    # One column for each token of a wrong completion; "top" has the teacher's three most likely ones.
     a, b = (lesson.select(rows, kind="token", teacher=x) for x in "AB")
     tokens = [["student's token", *(x["text"] for x in b)]]
     tokens += [[f"KL to {name}", *(f"{x['kl']:.2f}" for x in y)] for name, y in (("A", a), ("B", b))]
-    tokens += [["B's most likely token", *(x["top"].split()[0].replace("|", "\\|") for x in b)]]
+    top = [" ".join(y.split()[0] for y in x["top"].split(", ")).replace("|", "\\|") for x in b]
+    tokens += [["B's three most likely tokens", *top]]
     return {
         "result": each(TEACHERS, result),
         "texts": lesson.table(head, ["completion", *said]),
