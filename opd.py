@@ -689,7 +689,7 @@ def batch_of(step, data, args):
 
 
 def extract_answer(text, otherwise=None):
-    """A text's last \\boxed{...}, else one line after its last ####, else its last number, or as told."""
+    """A text's last \\boxed{...}, else one line after its last ####, else `otherwise` or its last number."""
     _, boxed, inside = text.rpartition("\\boxed{")
     depth = 1
     for end, character in enumerate(inside if boxed else ""):
