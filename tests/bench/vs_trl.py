@@ -222,8 +222,12 @@ def main():
         parser.error(f"--micro_batch_size {args.micro_batch_size}: must divide the {batch} rows")
     if args.side == "trl":
         return trl(args)
+    import torch
+
     import opd
 
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: not available here; use cpu")
     for flag, more in (("loss", []), ("rival", ["trl"]), ("side", ["ours", "trl"])):
         value, known = getattr(args, flag), [*more, *opd.LOSSES]
         if value is not None and value not in known:
